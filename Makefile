@@ -1,0 +1,55 @@
+# Everything needs Python 3.11 or later and nothing else; PYTHON=python3.13 make test takes another one.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+VERSION := $(shell $(PYTHON) -c 'import sys; print(".".join(map(str, sys.version_info[:2])))')
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+# Each stamp tells that the environment holds what its name says, for this version of Python.
+INSTALLED := $(VENV)/installed-$(VERSION)
+TEST := $(VENV)/test-$(VERSION)
+LINT := $(VENV)/lint-$(VERSION)
+
+.PHONY: compare test check format lint types data constraints clean
+
+compare: $(INSTALLED) data
+	$(BIN)/python examples/compare_overfit.py $(ARGS)
+
+data: $(INSTALLED)
+	sh scripts/get_data.sh $(BIN)/python
+
+test: $(TEST) data
+	$(BIN)/python -m pytest $(ARGS)
+
+check: format lint types test
+
+format: $(LINT)
+	$(BIN)/ruff format --check .
+
+lint: $(LINT)
+	$(BIN)/ruff check .
+
+types: $(LINT) $(TEST)
+	$(BIN)/pyright
+
+# Renews the pins: the newest versions that fit, for every supported Python.
+constraints: $(INSTALLED)
+	$(PIP) install uv
+	$(BIN)/uv pip compile --universal --python-version 3.11 --upgrade --no-annotate --no-header \
+		--group test --group lint --group bench pyproject.toml --output-file constraints.txt
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv --clear $(VENV)
+	$(PIP) install --upgrade 'pip>=25.1'
+	$(PIP) install --constraint constraints.txt --editable .
+	touch $@
+
+$(TEST): $(INSTALLED)
+	$(PIP) install --constraint constraints.txt --group test
+	touch $@
+
+$(LINT): $(INSTALLED)
+	$(PIP) install --constraint constraints.txt --group lint
+	touch $@
