@@ -1,0 +1,501 @@
+"""Where the arrays come from: Fashion-MNIST from local files or TFDS, and parts of it.
+
+Whatever the source, the arrays are the same, in the same order: each is checked against the SHA-256 of the file that
+the data set's authors published. `python -m fashion_jax.data` fetches the data and tells what is there.
+"""
+
+import argparse
+import gzip
+import hashlib
+import io
+import logging
+import math
+import numbers
+import os
+import sys
+import threading
+import urllib.error
+import urllib.request
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Array, Int, Key, UInt8
+
+from fashion_jax.files import write_atomically
+
+CLASS_NAMES = (
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+)
+SOURCES = ("auto", "idx", "tfds", "download")
+DATA_VARIABLE = "FASHION_JAX_DATA"
+URL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
+PROBE_SECONDS = 3.0
+DEBIAN_DIR = Path("/usr/share/datasets/fashion-mnist")
+
+# SHA-256 of the four published files, uncompressed: gzip headers differ from copy to copy.
+DIGESTS = {
+    "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+    "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+    "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+    "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+}
+
+_log = logging.getLogger(__name__)
+
+
+class Batch(NamedTuple):
+    """Images and their labels; a data set is one large batch.
+
+    Attributes:
+        images: Grey pixels as they are stored, 0 (background) to 255.
+        labels: Index of each image's class in `CLASS_NAMES`.
+    """
+
+    images: UInt8[Array | np.ndarray, "n 28 28"]
+    labels: Int[Array | np.ndarray, " n"]
+
+
+class Splits(NamedTuple):
+    """The official division: 60,000 training and 10,000 test images."""
+
+    train: Batch
+    test: Batch
+
+
+def load(data_dir: str | os.PathLike | None = None, *, source: str = "auto") -> Splits:
+    """Load Fashion-MNIST from the fastest source that is there.
+
+    Sources, fastest first:
+        idx: The four IDX files, gzipped or not, in `data_dir` (or its FashionMNIST/raw, where torchvision puts them),
+            in the user's cache, or where Debian's package dataset-fashion-mnist puts them.
+        tfds: A data set that TFDS has prepared as array_record, in `data_dir`, in $TFDS_DATA_DIR or in
+            ~/tensorflow_datasets. Its arrays are put into the user's cache, as uncompressed IDX files.
+        download: TFDS downloads and prepares the data set first; TensorFlow is not needed.
+        auto: The first of these that is there; one log line says which.
+
+    Args:
+        data_dir: Directory to look in first; by default the one that $FASHION_JAX_DATA names, if any.
+        source: One of `SOURCES`.
+
+    Returns:
+        The 60,000 training and 10,000 test examples, as read-only NumPy arrays, in the published order.
+
+    Raises:
+        ValueError: A file does not hold what was published, or `source` is unknown.
+        FileNotFoundError: The directory, or a file of the four, is missing; or no source has the data.
+
+    >>> train, test = load()
+    >>> train.images.shape, test.labels.shape
+    ((60000, 28, 28), (10000,))
+    """
+    if source not in SOURCES:
+        raise ValueError(f"source must be one of {', '.join(SOURCES)}; got {source!r}")
+    named_by = "data_dir"
+    if data_dir is None and os.environ.get(DATA_VARIABLE):
+        data_dir, named_by = os.environ[DATA_VARIABLE], f"${DATA_VARIABLE}"
+    directory = None if data_dir is None else Path(data_dir).expanduser()
+    if directory is not None and not directory.is_dir() and source != "download":
+        state = "is not a directory" if directory.exists() else "does not exist"
+        raise FileNotFoundError(
+            f"{named_by} {state}: {directory}; create it, or fetch the data into it with source='download'"
+        )
+    if source in ("auto", "idx") and (splits := _from_idx(directory)):
+        return splits
+    if source in ("auto", "tfds") and (splits := _from_tfds(directory)):
+        return splits
+    if source in ("auto", "download"):
+        return _from_download(directory)
+    raise FileNotFoundError(_advice(f"source {source!r} has no data"))
+
+
+def hold_out(batch: Batch, fraction: float, *, key: Key[Array, ""]) -> tuple[Batch, Batch]:
+    """Split off a random part, with the same share of each class.
+
+    Args:
+        batch: The n examples to split.
+        fraction: Share of the examples that goes into the second part, in (0, 1).
+        key: Decides which.
+
+    Returns:
+        The rest, and the part held out: round(fraction * n) examples. Both keep the order of `batch`.
+
+    Raises:
+        TypeError: `fraction` is not a number.
+        ValueError: `fraction` is outside (0, 1), or one part would be empty.
+
+    >>> batch = Batch(np.zeros((100, 28, 28), np.uint8), np.arange(100, dtype=np.int32) % 10)
+    >>> rest, held_out = hold_out(batch, 0.2, key=jax.random.key(0))
+    >>> len(rest.labels), np.bincount(held_out.labels).tolist()
+    (80, [2, 2, 2, 2, 2, 2, 2, 2, 2, 2])
+    """
+    check_batch(batch, "batch")
+    if not isinstance(fraction, numbers.Real) or isinstance(fraction, bool):
+        raise TypeError(f"fraction must be a number in (0, 1), got {fraction!r}")
+    n = len(batch.labels)
+    size = round(fraction * n) if math.isfinite(fraction) else 0
+    if not 0 < fraction < 1 or not 0 < size < n:
+        raise ValueError(f"fraction must lie in (0, 1) and leave both parts non-empty, got {fraction} of {n} examples")
+    order = _stratified_order(batch.labels, key)
+    return _take(batch, order[size:]), _take(batch, order[:size])
+
+
+def subset(batch: Batch, size: int, *, key: Key[Array, ""]) -> Batch:
+    """Choose a random part of a given size, with the same share of each class.
+
+    Parts of one key are nested: the first 1,000 are among the first 5,000.
+
+    Args:
+        batch: The n examples to choose from.
+        size: How many to take, 1 to n.
+        key: Decides which.
+
+    Returns:
+        `size` examples, in the order of `batch`.
+
+    Raises:
+        TypeError: `size` is not an int.
+        ValueError: `size` is out of range.
+
+    >>> batch = Batch(np.zeros((100, 28, 28), np.uint8), np.arange(100, dtype=np.int32) % 10)
+    >>> np.bincount(subset(batch, 30, key=jax.random.key(0)).labels).tolist()
+    [3, 3, 3, 3, 3, 3, 3, 3, 3, 3]
+    """
+    check_batch(batch, "batch")
+    if not isinstance(size, numbers.Integral) or isinstance(size, bool):
+        raise TypeError(f"size must be an int, got {size!r}")
+    n = len(batch.labels)
+    if not 1 <= size <= n:
+        raise ValueError(f"size must lie between 1 and the {n} examples that there are, got {size}")
+    return _take(batch, _stratified_order(batch.labels, key)[:size])
+
+
+def check_batch(batch: Batch, name: str) -> None:
+    """Refuse what cannot be a data set.
+
+    Args:
+        batch: Images [n, height, width] and labels [n].
+        name: What to call it in the error.
+
+    Raises:
+        TypeError: The images are not uint8 or the labels not integers.
+        ValueError: Shapes do not fit, there is no example, or a label names no class.
+
+    >>> check_batch(Batch(np.zeros((1, 28, 28), np.float32), np.zeros(1, np.int32)), "train")
+    Traceback (most recent call last):
+    TypeError: train.images must be uint8 pixels from 0 to 255, as stored; got float32
+    """
+    if not (isinstance(batch, tuple) and len(batch) == 2 and all(hasattr(leaf, "dtype") for leaf in batch)):
+        raise TypeError(f"{name} must be a Batch of two arrays, got {type(batch).__name__}")
+    images, labels = batch
+    if images.dtype != np.uint8:
+        raise TypeError(f"{name}.images must be uint8 pixels from 0 to 255, as stored; got {images.dtype}")
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise TypeError(f"{name}.labels must be integers, got {labels.dtype}")
+    if images.ndim < 3 or labels.shape != images.shape[:1]:
+        raise ValueError(
+            f"{name} must hold images [n, height, width] and labels [n], got {images.shape} and {labels.shape}"
+        )
+    if not len(labels):
+        raise ValueError(f"{name} must hold at least one example, got none")
+    smallest, largest = int(labels.min()), int(labels.max())
+    if smallest < 0 or largest >= len(CLASS_NAMES):
+        raise ValueError(f"{name}.labels must lie in 0..{len(CLASS_NAMES) - 1}, got {smallest}..{largest}")
+
+
+def read_idx(path: str | os.PathLike) -> UInt8[np.ndarray, "..."]:
+    """Read one IDX file of unsigned bytes, gzipped or not.
+
+    Args:
+        path: The file.
+
+    Returns:
+        A read-only array of the shape that the header tells.
+
+    Raises:
+        ValueError: The gzip stream is damaged, or the header and the length do not fit.
+
+    Source: the format's description on Yann LeCun's MNIST page.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "labels"
+    >>> _ = path.write_bytes(bytes([0, 0, 8, 1, 0, 0, 0, 3, 7, 8, 9]))
+    >>> read_idx(path).tolist()
+    [7, 8, 9]
+    """
+    content = Path(path).read_bytes()
+    if content[:2] == b"\x1f\x8b":
+        try:
+            content = gzip.decompress(content)
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise ValueError(f"{path}: damaged gzip file ({error}); fetch it again") from error
+    if len(content) < 4 or content[:3] != b"\x00\x00\x08":
+        raise ValueError(
+            f"{path}: not an IDX file of unsigned bytes: it starts with {content[:4].hex(' ') or 'nothing'}"
+        )
+    header = 4 + 4 * content[3]
+    if len(content) < header:
+        raise ValueError(f"{path}: the IDX header is cut short after {len(content)} bytes")
+    shape = tuple(int(count) for count in np.frombuffer(content[4:header], ">u4"))
+    if len(content) - header != math.prod(shape):
+        raise ValueError(
+            f"{path}: the IDX header tells {list(shape)}, {math.prod(shape)} bytes, but {len(content) - header} follow"
+        )
+    return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
+
+
+def cache_dir() -> Path:
+    """Tell where this package keeps files for the user: $XDG_CACHE_HOME/fashion_jax or ~/.cache/fashion_jax.
+
+    >>> cache_dir().name
+    'fashion_jax'
+    """
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fashion_jax"
+
+
+def _stratified_order(labels, key) -> np.ndarray:
+    """Order the examples at random so that every prefix holds each class in proportion."""
+    permutation = np.asarray(jax.random.permutation(key, len(labels)))
+    shuffled = np.asarray(labels)[permutation]
+    counts = np.bincount(shuffled)
+    by_class = np.argsort(shuffled, kind="stable")
+    rank = np.empty(len(labels), np.int64)
+    rank[by_class] = np.arange(len(labels)) - np.repeat(counts.cumsum() - counts, counts)
+    return permutation[np.lexsort((shuffled, (rank + 0.5) / counts[shuffled]))]
+
+
+def _take(batch: Batch, indices) -> Batch:
+    indices = np.sort(indices)
+    return Batch(np.asarray(batch.images)[indices], np.asarray(batch.labels)[indices])
+
+
+def _as_idx(array) -> bytes:
+    header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
+    return header + array.astype(np.uint8).tobytes()
+
+
+def _verified(arrays: dict[str, np.ndarray], origin: dict[str, str]) -> Splits:
+    """Make Splits of the four arrays, or say which one does not hold what was published."""
+    for name, array in arrays.items():
+        digest = hashlib.sha256(_as_idx(array)).hexdigest()
+        if digest != DIGESTS[name]:
+            held = next(
+                (f"the content of {other}" for other, published in DIGESTS.items() if published == digest), None
+            )
+            raise ValueError(
+                f"{origin[name]}: expected the published {name} with SHA-256 {DIGESTS[name]}, found "
+                f"{held or f'{list(array.shape)} bytes with SHA-256 {digest}'}; fetch it again"
+            )
+    images = [arrays[name] for name in DIGESTS if "images" in name]
+    labels = [arrays[name].astype(np.int32) for name in DIGESTS if "labels" in name]
+    for array in labels:
+        array.flags.writeable = False
+    return Splits(*map(Batch, images, labels))
+
+
+def _from_idx(directory: Path | None) -> Splits | None:
+    places = [] if directory is None else [directory, directory / "FashionMNIST" / "raw"]
+    for place in [*places, cache_dir(), DEBIAN_DIR]:
+        found = {
+            name: path for name in DIGESTS for suffix in (".gz", "") if (path := place / (name + suffix)).is_file()
+        }
+        ours = place == cache_dir()
+        missing = DIGESTS.keys() - found.keys()
+        if missing and found and not ours:
+            raise FileNotFoundError(f"{place} lacks {', '.join(sorted(missing))} beside the other IDX files")
+        if missing:
+            continue
+        try:
+            arrays = {name: read_idx(path) for name, path in found.items()}
+            splits = _verified(arrays, {name: str(path) for name, path in found.items()})
+        except ValueError as error:
+            if not ours:
+                raise
+            _log.warning("removing a damaged file from the cache: %s", error)
+            for path in found.values():
+                path.unlink(missing_ok=True)
+            continue
+        _log.info("Fashion-MNIST from the IDX files in %s", place)
+        return splits
+    return None
+
+
+def _tfds_dirs(directory: Path | None) -> list[Path]:
+    default = Path(os.environ.get("TFDS_DATA_DIR") or Path.home() / "tensorflow_datasets").expanduser()
+    return [default] if directory is None else [directory, default]
+
+
+def _from_tfds(directory: Path | None) -> Splits | None:
+    for place in _tfds_dirs(directory):
+        for info in sorted(place.glob("fashion_mnist/*/dataset_info.json")):
+            if not any(info.parent.glob("*.array_record*")):
+                _log.warning("%s is not prepared as array_record, which reading without TensorFlow needs", info.parent)
+                continue
+            splits = _read_tfds(place)
+            _log.info("Fashion-MNIST from the TFDS data set in %s", info.parent)
+            _fill_cache(splits)
+            return splits
+    return None
+
+
+def _read_tfds(place: Path) -> Splits:
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core.hashing import Hasher
+
+    _log.info("reading 70,000 images through TFDS, about 10 s")
+    arrays, origin = {}, {}
+    for split, stem in (("train", "train"), ("test", "t10k")):
+        try:
+            source = tfds.data_source("fashion_mnist", split=split, data_dir=place, download=False)
+            examples = list(source)
+        except Exception as error:  # Each layer of TFDS has its own errors for a damaged record.
+            raise ValueError(f"{place}/fashion_mnist: TFDS cannot read the split {split!r}: {error}") from error
+        # TFDS stores examples in the order of their keys' hashes; the keys count the examples as published.
+        hasher = Hasher(split)
+        stored = np.array(sorted(range(len(examples)), key=hasher.hash_key), np.int64)
+        published = np.argsort(stored)
+        for part, field in (("images-idx3", "image"), ("labels-idx1", "label")):
+            name = f"{stem}-{part}-ubyte"
+            rows = np.array([example[field] for example in examples]).astype(np.uint8)
+            arrays[name] = rows.reshape(len(examples), *(28, 28) * (field == "image"))[published]
+            arrays[name].flags.writeable = False
+            origin[name] = f"{place}/fashion_mnist, split {split!r}"
+    return _verified(arrays, origin)
+
+
+def _fill_cache(splits: Splits) -> None:
+    arrays = (splits.train.images, splits.train.labels, splits.test.images, splits.test.labels)
+    try:
+        for name, array in zip(DIGESTS, arrays, strict=True):
+            write_atomically(cache_dir() / name, _as_idx(array))
+    except OSError as error:
+        _log.warning("the arrays were not cached, so the next load takes as long: %s", error)
+
+
+def _from_download(directory: Path | None) -> Splits:
+    if reason := _unreachable(URL):
+        raise FileNotFoundError(_advice(f"no Fashion-MNIST here, and {URL} does not answer ({reason})"))
+    place = _tfds_dirs(directory)[0]
+    place.mkdir(parents=True, exist_ok=True)
+    _log.info("downloading Fashion-MNIST (30 MB) into %s", place)
+    _prepare_tfds(place)
+    splits = _from_tfds(place)
+    if splits is None:
+        raise FileNotFoundError(f"TFDS prepared nothing that can be read in {place}; remove {place}/fashion_mnist")
+    return splits
+
+
+def _prepare_tfds(place: Path) -> None:
+    """Prepare the data set as stock TFDS would, without TensorFlow.
+
+    The stock builder needs TensorFlow to extract gzip and to encode PNG; this one does both itself, and what it writes
+    is read by stock TFDS.
+    """
+    import PIL.Image
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core import registered
+
+    stock = tfds.builder_cls("fashion_mnist")
+    with registered.skip_registration():
+
+        class FashionMNIST(stock):
+            name = "fashion_mnist"
+
+            def _split_generators(self, dl_manager):
+                paths = dl_manager.download({name: f"{URL}{name}.gz" for name in DIGESTS})
+                arrays = {name: read_idx(path) for name, path in paths.items()}
+                splits = _verified(arrays, {name: f"{URL}{name}.gz" for name in DIGESTS})
+                return {split: self._generate_examples(batch) for split, batch in splits._asdict().items()}
+
+            def _generate_examples(self, batch):
+                for i, (image, label) in enumerate(zip(*batch, strict=True)):
+                    png = io.BytesIO()
+                    PIL.Image.fromarray(image).save(png, "PNG")
+                    yield i, {"image": png.getvalue(), "label": int(label)}
+
+    try:
+        builder = FashionMNIST(data_dir=place, file_format="array_record")  # pyright: ignore
+        builder.download_and_prepare()
+    except FileExistsError:
+        _log.info("another process prepared %s meanwhile", place)
+
+
+def _unreachable(url: str) -> str | None:
+    """Tell why a host does not answer within `PROBE_SECONDS`, or None if it does."""
+    answer = [f"no answer within {PROBE_SECONDS:g} s"]
+
+    def probe():
+        try:
+            request = urllib.request.Request(f"{url}{next(iter(DIGESTS))}.gz", method="HEAD")
+            with urllib.request.urlopen(request, timeout=PROBE_SECONDS):
+                answer[0] = ""
+        except (OSError, ValueError) as error:
+            answer[0] = str(getattr(error, "reason", error)) or type(error).__name__
+
+    # A name server that is silent blocks longer than any time-out of a socket, so the wait is bounded from outside.
+    thread = threading.Thread(target=probe, daemon=True)
+    thread.start()
+    thread.join(PROBE_SECONDS + 0.5)
+    return answer[0] or None
+
+
+def _advice(what: str) -> str:
+    files = ", ".join(f"{name}.gz" for name in DIGESTS)
+    return (
+        f"{what}. Any of these helps:\n"
+        f"  - put the four files ({files}) into a directory and name it by data_dir or ${DATA_VARIABLE};\n"
+        f"  - or put them into {cache_dir()};\n"
+        f"  - on Debian or Ubuntu: apt-get install dataset-fashion-mnist;\n"
+        f"  - put a data set that TFDS prepared as array_record into {_tfds_dirs(None)[0]};\n"
+        f"  - connect to the network and call load(source='download')."
+    )
+
+
+def _report(splits: Splits) -> str:
+    lines = []
+    for (split, batch), stem in zip(splits._asdict().items(), ("train", "t10k"), strict=True):
+        lines.append(f"{split}: {len(batch.labels):,} images of {batch.images.shape[1]}x{batch.images.shape[2]} pixels")
+        counts = np.bincount(batch.labels, minlength=len(CLASS_NAMES))
+        lines.extend(f"  {count:>6,}  {name}" for name, count in zip(CLASS_NAMES, counts, strict=True))
+        lines.extend(f"  SHA-256 {digest}  {name}" for name, digest in DIGESTS.items() if name.startswith(stem))
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Fetch the data set and tell what is there; the exit status is 1 if that fails.
+
+    >>> main(["--source", "idx"])  # doctest: +ELLIPSIS
+    train: 60,000 images of 28x28 pixels
+    ...
+    0
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m fashion_jax.data", description="Fetch Fashion-MNIST and describe it."
+    )
+    parser.add_argument("--data-dir", help=f"directory to look in first (default: ${DATA_VARIABLE}, if set)")
+    parser.add_argument("--source", choices=SOURCES, default="auto", help="where to take it from (default: auto)")
+    options = parser.parse_args(argv)
+    logging.basicConfig(format="%(message)s")
+    _log.setLevel(logging.INFO)
+    try:
+        splits = load(options.data_dir, source=options.source)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(_report(splits))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
