@@ -1,0 +1,180 @@
+"""The network: a multilayer perceptron with dropout, as Flax Linen modules.
+
+The only module that imports Flax. It takes raw `uint8` images and returns log-probabilities, so that no caller has to
+remember how the pixels are standardised.
+"""
+
+import math
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.linen.summary import tabulate
+from jax.core import Tracer
+from jaxtyping import Array, Float, UInt8
+
+from fashion_jax.threefry import uniform
+
+NUM_CLASSES = 10
+
+
+def check_rate(rate, name: str = "dropout_rate") -> None:
+    """Refuse a concrete dropout rate outside [0, 1); a traced rate passes, its value is not known yet.
+
+    Args:
+        rate: Share of units to drop.
+        name: What to call it in the error.
+
+    Raises:
+        TypeError: It is not a scalar number.
+        ValueError: It is outside [0, 1) or NaN.
+
+    >>> check_rate(0.2)
+    >>> check_rate(1.0)
+    Traceback (most recent call last):
+    ValueError: dropout_rate must lie in [0, 1), got 1.0
+    """
+    if isinstance(rate, Tracer):
+        return
+    try:
+        value = float(rate)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be one number in [0, 1), got {rate!r}") from None
+    if isinstance(rate, (bool, str)):
+        raise TypeError(f"{name} must be one number in [0, 1), got {rate!r}")
+    if not 0 <= value < 1:
+        raise ValueError(f"{name} must lie in [0, 1), got {value}")
+
+
+class Dropout(nn.Module):
+    """Zero each entry with probability `rate` and scale the others by 1 / (1 - rate).
+
+    Unlike `flax.linen.Dropout`, the rate may be a traced value, so one compiled program serves every rate, and a rate
+    outside [0, 1) is refused. Two rates with the same key share their uniform draws: what the lower one drops, the
+    higher one drops too. At rate 0 the output is the input, bit for bit.
+
+    Source: Srivastava et al., "Dropout: A Simple Way to Prevent Neural Networks from Overfitting", JMLR 15 (2014), in
+    the inverted form that PyTorch uses.
+
+    Attributes:
+        rate: Share of entries to drop, in [0, 1).
+
+    Raises:
+        ValueError: A concrete rate is outside [0, 1).
+
+    >>> x = jnp.ones(8)
+    >>> y = Dropout(0.5).apply({}, x, deterministic=False, rngs={"dropout": jax.random.key(0)})
+    >>> sorted({float(entry) for entry in y})
+    [0.0, 2.0]
+    """
+
+    rate: float | Float[Array, ""]
+
+    def __post_init__(self):
+        check_rate(self.rate, "rate")
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "..."], *, deterministic: bool) -> Float[Array, "..."]:
+        """Apply dropout to `x`, or return it as it is when `deterministic`."""
+        if deterministic:
+            return x
+        keep = self.keep_mask(x.shape)
+        return jnp.where(keep, x / (1 - self.rate), 0)
+
+    def keep_mask(self, shape: tuple[int, ...]):
+        """Draw which entries stay, from the "dropout" stream of random numbers."""
+        return uniform(self.make_rng("dropout"), shape) >= self.rate
+
+
+class FashionMLP(nn.Module):
+    """The tutorial's classifier: 784-256-128-64-10, ReLU, dropout after each hidden ReLU, log-softmax output.
+
+    Weights and biases start as in `torch.nn.Linear`: uniform in +-1/sqrt(fan_in). The layers are called fc1, fc2, ...
+    as in the tutorial.
+
+    Attributes:
+        hidden: Units of each hidden layer, input side first.
+        dropout_rate: Share of hidden units to drop while training, in [0, 1); may be a traced value.
+
+    Raises:
+        ValueError: A concrete rate is outside [0, 1).
+
+    >>> model = FashionMLP()
+    >>> images = jnp.zeros((2, 28, 28), jnp.uint8)
+    >>> variables = model.init(jax.random.key(0), images, deterministic=True)
+    >>> model.apply(variables, images, deterministic=True).shape
+    (2, 10)
+    """
+
+    hidden: Sequence[int] = (256, 128, 64)
+    dropout_rate: float | Float[Array, ""] = 0.2
+
+    def __post_init__(self):
+        check_rate(self.dropout_rate)
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(self, x: UInt8[Array, "n *pixels"], *, deterministic: bool) -> Float[Array, "n 10"]:
+        """Compute log-probabilities of the ten classes.
+
+        Args:
+            x: Images as they are stored, 0 to 255.
+            deterministic: True switches dropout off; False needs `rngs={"dropout": key}`.
+
+        Raises:
+            TypeError: The images are not `uint8`.
+            ValueError: The images do not have a leading batch axis.
+        """
+        if x.dtype != jnp.uint8:
+            raise TypeError(
+                f"images must be uint8 pixels from 0 to 255, got {x.dtype}; the model standardises them itself, so do "
+                "not scale them before"
+            )
+        if x.ndim < 3:
+            raise ValueError(f"images must have shape [n, height, width], got {list(x.shape)}")
+        x = standardise(x).reshape(x.shape[0], -1)
+        for i, units in enumerate(self.hidden, start=1):
+            x = nn.relu(_linear(x, units, f"fc{i}"))
+            x = Dropout(self.dropout_rate, name=f"dropout{i}")(x, deterministic=deterministic)
+        return nn.log_softmax(_linear(x, NUM_CLASSES, f"fc{len(self.hidden) + 1}"))
+
+
+def standardise(images: UInt8[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Map pixels from 0..255 to [-1, 1], in the tutorial's two steps: x/255, then (x - 0.5)/0.5.
+
+    >>> standardise(jnp.array([0, 255], jnp.uint8)).tolist()
+    [-1.0, 1.0]
+    """
+    return (images.astype(jnp.result_type(float)) / 255 - 0.5) / 0.5
+
+
+def summary(model: nn.Module, image_shape: Sequence[int] = (28, 28)) -> str:
+    """Tell a model's layers, their output shapes and parameter counts, as a table.
+
+    Args:
+        model: A module that is called like `FashionMLP`.
+        image_shape: Shape of one image.
+
+    >>> "242,762" in summary(FashionMLP())
+    True
+    """
+    images = jnp.zeros((1, *image_shape), jnp.uint8)
+    table = tabulate(
+        model,
+        jax.random.key(0),
+        compute_flops=False,
+        console_kwargs={"width": 110, "force_terminal": False, "force_jupyter": False},
+    )
+    return table(images, deterministic=True)
+
+
+def _linear(x, features: int, name: str):
+    bound = 1 / math.sqrt(x.shape[-1])
+
+    def init(key, shape, dtype):
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    layer = nn.Dense(features, kernel_init=init, bias_init=init, param_dtype=jnp.result_type(float), name=name)
+    return layer(x)

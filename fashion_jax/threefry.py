@@ -1,0 +1,51 @@
+"""Uniform random numbers for dropout: JAX's own, bit for bit, drawn faster on a CPU.
+
+`jax.random.uniform` runs Threefry's twenty rounds in a loop on CPUs, which keeps XLA from fusing them; at the small
+sizes of a dropout mask that loop took a fifth of the training time. The same rounds written out fuse with the
+comparison that uses them.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float32, Key
+
+_ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
+_PARITY = 0x1BD11BDA
+
+
+def uniform(key: Key[Array, ""], shape: tuple[int, ...]) -> Float32[Array, "..."]:
+    """Draw float32 numbers from U[0, 1): the same as `jax.random.uniform(key, shape, jax.numpy.float32)`.
+
+    Keys of another kind than Threefry's, and draws of 2**32 numbers or more, are handed to `jax.random`.
+
+    Args:
+        key: One typed key.
+        shape: Shape of the result.
+
+    Source: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011 (Threefry-2x32, 20 rounds).
+
+    >>> key = jax.random.key(0)
+    >>> bool((uniform(key, (4, 3)) == jax.random.uniform(key, (4, 3))).all())
+    True
+    """
+    size = int(np.prod(shape, dtype=np.int64))
+    counts_differ = not getattr(jax.config, "jax_threefry_partitionable", True)
+    if str(jax.random.key_impl(key)) != "threefry2x32" or counts_differ or size >= 2**32:
+        return jax.random.uniform(key, shape, jnp.float32)
+    high, low = _threefry_2x32(jax.random.key_data(key), jnp.arange(size, dtype=jnp.uint32))
+    mantissa = (high ^ low) >> 9
+    return (mantissa.astype(jnp.float32) * 2.0**-23).reshape(shape)
+
+
+def _threefry_2x32(key, count):
+    """Encrypt the 64-bit counters (0, count) with a key of two words."""
+    schedule = (key[0], key[1], key[0] ^ key[1] ^ jnp.uint32(_PARITY))
+    x, y = jnp.full_like(count, schedule[0]), count + schedule[1]
+    for group in range(5):
+        for distance in _ROTATIONS[group % 2]:
+            x = x + y
+            y = ((y << distance) | (y >> (32 - distance))) ^ x
+        x = x + schedule[(group + 1) % 3]
+        y = y + schedule[(group + 2) % 3] + jnp.uint32(group + 1)
+    return x, y
