@@ -1,0 +1,422 @@
+"""Training: one step, one epoch, one run.
+
+Everything is a pure function of its arguments. A run is determined by its key, its data, its `TrainConfig` and its
+dropout rate; the key is split once into three streams (initial weights, batch order, dropout), and the epoch and step
+numbers are folded in, so that a run can go on from nothing but its seed and its state.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int, Key
+
+from fashion_jax.config import TrainConfig
+from fashion_jax.data import Batch, check_batch, subset
+from fashion_jax.model import FashionMLP, check_rate
+
+Params = dict[str, Any]
+
+
+class Metrics(NamedTuple):
+    """Mean negative log likelihood in nats, and the share of examples whose most probable class is right.
+
+    One type with growing axes: [] for one evaluation, [epochs] for a run, more in front for many runs.
+    """
+
+    loss: Float[Array | np.ndarray, "*axes"]
+    accuracy: Float[Array | np.ndarray, "*axes"]
+
+
+class History(NamedTuple):
+    """What was measured after each epoch; every leaf has a last axis [epochs].
+
+    Attributes:
+        running_loss: The tutorial's training curve: mean of the batch losses while the weights move, dropout on.
+        train: The fair training curve: weights at the end of the epoch, dropout off, on a fixed part of the training
+            set.
+        validation: The same on the validation set.
+    """
+
+    running_loss: Float[Array | np.ndarray, "*axes"]
+    train: Metrics
+    validation: Metrics
+
+
+class TrainState(NamedTuple):
+    """What training changes. There is no key inside: the seed and `step` tell which draws come next.
+
+    Attributes:
+        params: The model's parameters, {"fc1": {"kernel": [in, out], "bias": [out]}, ...}.
+        opt_state: Adam's moments.
+        step: Steps taken.
+    """
+
+    params: Params
+    opt_state: optax.OptState
+    step: Int[Array, ""]
+
+
+class Run(NamedTuple):
+    """A trained state and how it came about."""
+
+    state: TrainState
+    history: History
+
+
+class EpochEnd(NamedTuple):
+    """What `fit` hands to `on_epoch`.
+
+    Attributes:
+        epoch: Number of the epoch that has ended, from 1.
+        epochs: Number of epochs that were asked for.
+        dropout_rate: The run's dropout rate.
+        history: What was measured; leaves are NumPy arrays without axes.
+        state: The state after the epoch.
+    """
+
+    epoch: int
+    epochs: int
+    dropout_rate: float
+    history: History
+    state: TrainState
+
+
+class RunKeys(NamedTuple):
+    """The three streams of random numbers of a run."""
+
+    init: Key[Array, ""]
+    order: Key[Array, ""]
+    dropout: Key[Array, ""]
+
+
+def split_key(key: Key[Array, ""]) -> RunKeys:
+    """Split a run's key into its three streams.
+
+    >>> split_key(jax.random.key(0)).dropout.shape
+    ()
+    """
+    return RunKeys(*jax.random.split(key, 3))
+
+
+def init_state(key: Key[Array, ""], *, config: TrainConfig = TrainConfig()) -> TrainState:
+    """Draw the initial weights of a run and the optimiser's empty state.
+
+    Args:
+        key: The run's key, as `fit` takes it.
+        config: Gives the widths and the optimiser.
+
+    Raises:
+        TypeError: `key` is not one typed key.
+
+    >>> state = init_state(jax.random.key(0))
+    >>> state.params["fc1"]["kernel"].shape, int(state.step)
+    ((784, 256), 0)
+    """
+    _check_key(key)
+    return _init_state(key, config)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _init_state(key, config):
+    images = jnp.zeros((1, 28, 28), jnp.uint8)
+    variables = FashionMLP(config.hidden).init(split_key(key).init, images, deterministic=True)
+    params = cast(Params, variables["params"])
+    return TrainState(params, _optimiser(config).init(params), jnp.zeros((), jnp.int32))
+
+
+def negative_log_likelihood(
+    log_probs: Float[Array, "n classes"], labels: Int[Array | np.ndarray, " n"]
+) -> Float[Array, " n"]:
+    """Take each example's negative log-probability of its label, in nats.
+
+    >>> loss = negative_log_likelihood(jnp.log(jnp.array([[0.25, 0.75]])), jnp.array([0]))
+    >>> f"{loss[0]:.4f}"
+    '1.3863'
+    """
+    return -jnp.take_along_axis(log_probs, jnp.asarray(labels)[:, None], axis=1)[:, 0]
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def train_step(
+    state: TrainState,
+    batch: Batch,
+    key: Key[Array, ""],
+    *,
+    config: TrainConfig,
+    dropout_rate: float | Float[Array, ""],
+    weights: Float[Array, " n"] | None = None,
+) -> tuple[TrainState, Metrics]:
+    """Take one Adam step on the mean negative log likelihood of a batch, dropout on.
+
+    Args:
+        state: Where training stands.
+        batch: n examples.
+        key: This step's key, for the dropout masks.
+        config: Gives the widths and the learning rate; static.
+        dropout_rate: Share of hidden units to drop; traced, so another rate compiles nothing.
+        weights: Weight of each example in the mean; 0 for padding. All 1 if left out.
+
+    Returns:
+        The next state, and the batch's loss and accuracy under the old weights and the drawn masks.
+
+    Source: Kingma and Ba, "Adam: A Method for Stochastic Optimization", ICLR 2015, as `optax.adam` has it.
+
+    >>> config = TrainConfig()
+    >>> batch = Batch(jnp.zeros((4, 28, 28), jnp.uint8), jnp.arange(4))
+    >>> state = init_state(jax.random.key(0), config=config)
+    >>> state, metrics = train_step(state, batch, jax.random.key(1), config=config, dropout_rate=0.2)
+    >>> int(state.step), metrics.loss.shape
+    (1, ())
+    """
+    if weights is None:
+        weights = jnp.ones(len(batch.labels), jnp.result_type(float))
+    model = FashionMLP(config.hidden, dropout_rate)
+
+    def mean_loss(params):
+        log_probs = model.apply({"params": params}, batch.images, deterministic=False, rngs={"dropout": key})
+        totals = _totals(log_probs, batch.labels, weights)
+        metrics = jax.tree.map(lambda total: total / weights.sum(), totals)
+        return metrics.loss, metrics
+
+    grads, metrics = jax.grad(mean_loss, has_aux=True)(state.params)
+    updates, opt_state = _optimiser(config).update(grads, state.opt_state)
+    params = cast(Params, optax.apply_updates(state.params, updates))
+    return TrainState(params, opt_state, state.step + 1), metrics
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def eval_step(params: Params, batch: Batch, *, config: TrainConfig) -> Metrics:
+    """Measure loss and accuracy on one batch, dropout off, all examples at once.
+
+    Args:
+        params: The model's parameters.
+        batch: n examples; `evaluate` takes a whole data set with bounded memory.
+        config: Gives the widths; static.
+
+    >>> batch = Batch(jnp.zeros((4, 28, 28), jnp.uint8), jnp.arange(4))
+    >>> metrics = eval_step(init_state(jax.random.key(0)).params, batch, config=TrainConfig())
+    >>> metrics.loss.shape, metrics.accuracy.shape
+    ((), ())
+    """
+    weights = jnp.ones(len(batch.labels), jnp.result_type(float))
+    totals = _eval_totals(params, batch, weights, config)
+    return jax.tree.map(lambda total: total / len(batch.labels), totals)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def evaluate(params: Params, batch: Batch, *, config: TrainConfig) -> Metrics:
+    """Measure loss and accuracy on a data set of any size, dropout off, every example once.
+
+    Args:
+        params: The model's parameters.
+        batch: n examples; they pass through the model in chunks of `config.eval_batch_size`.
+        config: Gives the widths and the size of a chunk; static.
+
+    >>> batch = Batch(jnp.zeros((5, 28, 28), jnp.uint8), jnp.arange(5))
+    >>> params = init_state(jax.random.key(0)).params
+    >>> in_chunks = evaluate(params, batch, config=TrainConfig(eval_batch_size=2))
+    >>> at_once = eval_step(params, batch, config=TrainConfig())
+    >>> bool(jnp.allclose(in_chunks.loss, at_once.loss))
+    True
+    """
+    n = len(batch.labels)
+    size = min(config.eval_batch_size, n)
+    chunks, weights = _pad_and_split(batch, n, size)
+    totals = jax.lax.map(lambda chunk: _eval_totals(params, chunk[0], chunk[1], config), (chunks, weights))
+    return jax.tree.map(lambda total: total.sum() / n, totals)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def train_epoch(
+    state: TrainState,
+    train: Batch,
+    key: Key[Array, ""],
+    *,
+    config: TrainConfig,
+    dropout_rate: float | Float[Array, ""],
+) -> tuple[TrainState, Float[Array, ""]]:
+    """Take every training example once, in a new random order, as one compiled program.
+
+    The last batch may be short: it is padded, and the padding has weight 0. `state.step` tells which epoch this is.
+
+    Args:
+        state: Where training stands, between two epochs.
+        train: n training examples, on the device.
+        key: The run's key, as `fit` takes it.
+        config: Static.
+        dropout_rate: Traced.
+
+    Returns:
+        The state ceil(n / batch_size) steps later, and the mean of the batch losses.
+
+    >>> config = TrainConfig(batch_size=2)
+    >>> train = Batch(jnp.zeros((5, 28, 28), jnp.uint8), jnp.arange(5))
+    >>> key = jax.random.key(0)
+    >>> state, loss = train_epoch(init_state(key, config=config), train, key, config=config, dropout_rate=0.0)
+    >>> int(state.step)
+    3
+    """
+    n = len(train.labels)
+    steps = -(-n // config.batch_size)
+    keys = split_key(key)
+    epoch = state.step // steps
+    order = jax.random.permutation(jax.random.fold_in(keys.order, epoch), n)
+    indices, weights = _pad_and_split(order, n, config.batch_size)
+    epoch_key = jax.random.fold_in(keys.dropout, epoch)
+    step_keys = jax.vmap(functools.partial(jax.random.fold_in, epoch_key))(jnp.arange(steps))
+
+    def step(state, inputs):
+        indices, weights, key = inputs
+        batch = jax.tree.map(lambda leaf: leaf[indices], train)
+        state, metrics = train_step(state, batch, key, config=config, dropout_rate=dropout_rate, weights=weights)
+        return state, metrics.loss
+
+    state, losses = jax.lax.scan(step, state, (indices, weights, step_keys))
+    return state, losses.mean()
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def train_and_evaluate_epoch(
+    state: TrainState,
+    train: Batch,
+    train_eval: Batch,
+    validation: Batch,
+    key: Key[Array, ""],
+    *,
+    config: TrainConfig,
+    dropout_rate: float | Float[Array, ""],
+) -> tuple[TrainState, History]:
+    """Take one epoch and both evaluations after it, as one compiled program.
+
+    Args:
+        state: Where training stands, between two epochs.
+        train: The training examples.
+        train_eval: The examples that the fair training loss is measured on.
+        validation: The validation examples.
+        key: The run's key.
+        config: Static.
+        dropout_rate: Traced.
+
+    >>> config = TrainConfig(batch_size=2)
+    >>> data = Batch(jnp.zeros((5, 28, 28), jnp.uint8), jnp.arange(5))
+    >>> key = jax.random.key(0)
+    >>> state = init_state(key, config=config)
+    >>> state, history = train_and_evaluate_epoch(state, data, data, data, key, config=config, dropout_rate=0.0)
+    >>> history.train.loss.item() == history.validation.loss.item()
+    True
+    """
+    state, running_loss = train_epoch(state, train, key, config=config, dropout_rate=dropout_rate)
+    metrics = [evaluate(state.params, batch, config=config) for batch in (train_eval, validation)]
+    return state, History(running_loss, *metrics)
+
+
+def fit(
+    train: Batch,
+    validation: Batch,
+    *,
+    key: Key[Array, ""],
+    config: TrainConfig = TrainConfig(),
+    dropout_rate: float = 0.0,
+    epochs: int = 30,
+    on_epoch: Callable[[EpochEnd], object] | None = None,
+) -> Run:
+    """Train one network and measure it after every epoch.
+
+    The same arguments give the same bytes on the same device. Neither the epoch nor the rate is part of the compiled
+    program, so a second call with other ones compiles nothing.
+
+    Args:
+        train: Training examples, n images and labels; copied to the device.
+        validation: Validation examples, likewise.
+        key: The run's only source of randomness, from `jax.random.key(seed)`.
+        config: What is fixed at compile time.
+        dropout_rate: Share of hidden units to drop, in [0, 1).
+        epochs: Passes over the training set, at least 1.
+        on_epoch: Called after each epoch with an `EpochEnd`.
+
+    Returns:
+        The final state, and a History of NumPy arrays [epochs].
+
+    Raises:
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: An argument is out of range or has the wrong shape.
+
+    >>> data = Batch(np.zeros((100, 28, 28), np.uint8), np.arange(100, dtype=np.int32) % 10)
+    >>> run = fit(data, data, key=jax.random.key(0), dropout_rate=0.2, epochs=2)
+    >>> run.history.validation.loss.shape, int(run.state.step)
+    ((2,), 4)
+    """
+    _check_key(key)
+    check_rate(dropout_rate)
+    if not isinstance(epochs, int) or isinstance(epochs, bool):
+        raise TypeError(f"epochs must be an int, got {epochs!r}")
+    if epochs < 1:
+        raise ValueError(f"epochs must be at least 1, got {epochs}")
+    train_eval = train_eval_part(train, config)
+    check_batch(validation, "validation")
+    train, train_eval, validation = jax.tree.map(jnp.array, (train, train_eval, validation))
+
+    state = init_state(key, config=config)
+    rows = []
+    for epoch in range(1, epochs + 1):
+        state, measured = train_and_evaluate_epoch(
+            state, train, train_eval, validation, key, config=config, dropout_rate=dropout_rate
+        )
+        rows.append(jax.device_get(measured))
+        if on_epoch is not None:
+            on_epoch(EpochEnd(epoch, epochs, float(dropout_rate), rows[-1], state))
+    return Run(state, jax.tree.map(lambda *leaves: np.stack(leaves), *rows))
+
+
+def train_eval_part(train: Batch, config: TrainConfig) -> Batch:
+    """Choose the training examples that the fair training loss is measured on: the same ones for every run.
+
+    Args:
+        train: The training examples.
+        config: `config.train_eval_size` tells how many.
+
+    >>> train = Batch(np.zeros((100, 28, 28), np.uint8), np.arange(100, dtype=np.int32) % 10)
+    >>> len(train_eval_part(train, TrainConfig(train_eval_size=30)).labels)
+    30
+    """
+    check_batch(train, "train")
+    size = config.train_eval_size
+    if size is None or size >= len(train.labels):
+        return train
+    return subset(train, size, key=jax.random.key(0))
+
+
+def _optimiser(config: TrainConfig) -> optax.GradientTransformation:
+    return optax.adam(config.learning_rate)
+
+
+def _totals(log_probs, labels, weights) -> Metrics:
+    loss = negative_log_likelihood(log_probs, labels)
+    correct = log_probs.argmax(axis=1) == labels
+    return Metrics((weights * loss).sum(), (weights * correct).sum())
+
+
+def _eval_totals(params, batch, weights, config) -> Metrics:
+    log_probs = FashionMLP(config.hidden).apply({"params": params}, batch.images, deterministic=True)
+    return _totals(log_probs, batch.labels, weights)
+
+
+def _pad_and_split(tree, n: int, size: int):
+    """Split the leading axis n into [ceil(n / size), size]; the padding gets weight 0, the rest weight 1."""
+    steps = -(-n // size)
+
+    def split(leaf):
+        padding = [(0, steps * size - n)] + [(0, 0)] * (leaf.ndim - 1)
+        return jnp.pad(leaf, padding).reshape(steps, size, *leaf.shape[1:])
+
+    return jax.tree.map(split, tree), split(jnp.ones(n, jnp.result_type(float)))
+
+
+def _check_key(key) -> None:
+    if not (isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape == ()):
+        raise TypeError(f"key must be one typed key, from jax.random.key(seed); got {key!r}")
