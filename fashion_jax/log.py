@@ -1,0 +1,63 @@
+"""Where the epochs' figures go while training runs: a progress bar, or plain lines."""
+
+import io
+import sys
+import time
+from typing import TextIO
+
+from tqdm.auto import tqdm
+
+from fashion_jax.train import EpochEnd
+
+
+class Progress:
+    """Show each epoch: a bar on a terminal and in a notebook, one plain line an epoch elsewhere.
+
+    Give it to `fit` as `on_epoch`; one `Progress` may serve several runs, one after the other.
+
+    Args:
+        epochs: Epochs of all runs together, to tell the time left.
+        file: Where to write; standard error by default.
+
+    >>> import jax, numpy as np
+    >>> from fashion_jax import Batch, fit
+    >>> data = Batch(np.zeros((10, 28, 28), np.uint8), np.arange(10, dtype=np.int32))
+    >>> with Progress(2, file=sys.stdout) as progress:
+    ...     run = fit(data, data, key=jax.random.key(0), epochs=2, on_epoch=progress)  # doctest: +ELLIPSIS
+    epoch 1/2, dropout 0: training loss 2..., validation loss 2..., accuracy 0... (... s left)
+    epoch 2/2, dropout 0: training loss 2..., validation loss 2..., accuracy 0... (0 s left)
+    """
+
+    def __init__(self, epochs: int, *, file: io.TextIOBase | TextIO | None = None):
+        self._file = sys.stderr if file is None else file
+        self._epochs = epochs
+        self._done = 0
+        self._start = time.monotonic()
+        in_notebook = "ipykernel" in sys.modules
+        self._bar = tqdm(total=epochs, unit="epoch", file=file) if in_notebook or self._file.isatty() else None
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def __call__(self, end: EpochEnd) -> None:
+        """Show one epoch."""
+        self._done += 1
+        validation = end.history.validation
+        if self._bar is not None:
+            self._bar.set_postfix(
+                dropout=f"{end.dropout_rate:g}", loss=f"{validation.loss:.4f}", accuracy=f"{validation.accuracy:.4f}"
+            )
+            self._bar.update()
+            return
+        left = (time.monotonic() - self._start) / self._done * (self._epochs - self._done)
+        print(
+            f"epoch {end.epoch}/{end.epochs}, dropout {end.dropout_rate:g}: "
+            f"training loss {end.history.train.loss:.4f}, validation loss {validation.loss:.4f}, "
+            f"accuracy {validation.accuracy:.4f} ({left:.0f} s left)",
+            file=self._file,
+            flush=True,
+        )

@@ -1,0 +1,172 @@
+"""Every figure, as a matplotlib Figure that the caller saves or shows.
+
+The only module that imports matplotlib. It needs no display and leaves pyplot's global state alone. Curves differ in
+line style and lightness as well as in hue, so that they survive grey printing.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from jaxtyping import Array, Float, UInt8
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from fashion_jax.train import History
+
+_CURVES = {
+    "training, while training": ("running_loss", {"color": "#e8a33d", "linestyle": ":"}),
+    "training, evaluated": ("train", {"color": "#c4482e", "linestyle": "--"}),
+    "validation, evaluated": ("validation", {"color": "#123a6d", "linestyle": "-"}),
+}
+
+
+def losses(arms: Mapping[str, History]) -> Figure:
+    """Draw the losses of each arm against the epoch, one panel an arm, on one scale.
+
+    Lines are means over runs and bands are +- one standard deviation. A dot marks the epoch with the lowest mean
+    validation loss.
+
+    Args:
+        arms: Title and History of each arm; leaves [epochs] for one run or [runs, epochs] for several.
+
+    Returns:
+        The figure; the losses are in nats.
+
+    Raises:
+        ValueError: There is no arm, or a leaf has other axes.
+
+    >>> from fashion_jax.train import Metrics
+    >>> curve = np.array([0.5, 0.4, 0.45])
+    >>> history = History(curve, Metrics(curve, curve), Metrics(curve, curve))
+    >>> [axes.get_title() for axes in losses({"no dropout": history}).axes]
+    ['no dropout']
+    """
+    if not arms:
+        raise ValueError("arms must hold at least one History, got none")
+    figure = Figure(figsize=(1 + 4.5 * len(arms), 4.2), layout="constrained")
+    panels = figure.subplots(1, len(arms), sharey=True, squeeze=False)[0]
+    for axes, (title, history) in zip(panels, arms.items(), strict=True):
+        for label, (field, style) in _CURVES.items():
+            leaf = getattr(history, field)
+            _curve(axes, getattr(leaf, "loss", leaf), label, style)
+        _mark_best(axes, np.atleast_2d(history.validation.loss).mean(axis=0))
+        axes.set_title(title)
+        axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+    runs = len(np.atleast_2d(next(iter(arms.values())).running_loss))
+    panels[0].set_ylabel("loss (nats)" + (f", mean ± sd of {runs} runs" if runs > 1 else ""))
+    panels[-1].legend()
+    return figure
+
+
+def classification(
+    image: UInt8[Array | np.ndarray, "height width"],
+    probabilities: Float[Array | np.ndarray, " classes"],
+    *,
+    class_names: Sequence[str],
+    label: int | None = None,
+) -> Figure:
+    """Draw one image beside the probability of each class, as the tutorial does.
+
+    Args:
+        image: Grey pixels, 0 to 255.
+        probabilities: What the model says, one number a class.
+        class_names: Name of each class.
+        label: The right class, if known; its bar is hatched.
+
+    Raises:
+        ValueError: There are not as many names as probabilities.
+
+    >>> figure = classification(np.zeros((28, 28), np.uint8), np.array([0.1, 0.9]), class_names=["bag", "coat"])
+    >>> [text.get_text() for text in figure.axes[1].get_yticklabels()]
+    ['bag', 'coat']
+    """
+    probabilities = np.asarray(probabilities)
+    if len(class_names) != len(probabilities):
+        raise ValueError(f"class_names must name {len(probabilities)} classes, got {len(class_names)}")
+    figure = Figure(figsize=(7, 3.2), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(1, 1.1))
+    left.imshow(image, cmap="gray", vmin=0, vmax=255)
+    left.set_axis_off()
+    if label is not None:
+        left.set_title(f"label: {class_names[label]}", fontsize=10)
+    bars = right.barh(range(len(class_names)), probabilities, color="#6f93c3", edgecolor="#123a6d")
+    if label is not None:
+        bars[label].set_hatch("///")
+    for bar, probability in zip(bars, probabilities, strict=True):
+        inside = probability > 0.8
+        right.annotate(
+            f"{probability:.3f}",
+            (bar.get_width(), bar.get_y() + bar.get_height() / 2),
+            xytext=(-3 if inside else 3, 0),
+            textcoords="offset points",
+            ha="right" if inside else "left",
+            va="center",
+            fontsize=7,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6} if inside else None,
+        )
+    right.set_yticks(range(len(class_names)), labels=class_names)
+    right.invert_yaxis()
+    right.set_xlim(0, 1)
+    right.set_xlabel("probability")
+    best = int(probabilities.argmax())
+    right.set_title(f"prediction: {class_names[best]}", fontsize=10)
+    return figure
+
+
+def image_sheet(images: UInt8[Array | np.ndarray, "n height width"], *, columns: int = 30) -> Figure:
+    """Draw many images as one sheet, row by row, like the tutorial's 900.
+
+    Args:
+        images: Grey pixels, 0 to 255; the last row is filled up with black.
+        columns: Images in a row.
+
+    Raises:
+        ValueError: There is no image, or `columns` is below 1.
+
+    >>> image_sheet(np.zeros((7, 28, 28), np.uint8), columns=3).axes[0].images[0].get_array().shape
+    (84, 84)
+    """
+    images = np.asarray(images)
+    if images.ndim != 3 or not len(images):
+        raise ValueError(f"images must have shape [n, height, width] with n at least 1, got {list(images.shape)}")
+    if columns < 1:
+        raise ValueError(f"columns must be at least 1, got {columns}")
+    n, height, width = images.shape
+    rows = -(-n // columns)
+    padded = np.pad(images, [(0, rows * columns - n), (0, 0), (0, 0)])
+    sheet = padded.reshape(rows, columns, height, width).swapaxes(1, 2).reshape(rows * height, columns * width)
+    scale = 8.4 / max(rows * height, columns * width)
+    figure = Figure(figsize=(columns * width * scale, rows * height * scale))
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.imshow(sheet, cmap="gray", vmin=0, vmax=255)
+    axes.set_axis_off()
+    return figure
+
+
+def _curve(axes: Axes, values, label: str, style: dict) -> None:
+    runs = np.atleast_2d(np.asarray(values, np.float64))
+    if runs.ndim != 2 or not runs.size:
+        raise ValueError(f"a History's leaves must have axes [epochs] or [runs, epochs], got {list(np.shape(values))}")
+    epochs = np.arange(1, runs.shape[1] + 1)
+    mean = runs.mean(axis=0)
+    axes.plot(epochs, mean, label=label, linewidth=1.6, **style)
+    if len(runs) > 1:
+        sd = runs.std(axis=0, ddof=1)
+        axes.fill_between(epochs, mean - sd, mean + sd, color=style["color"], alpha=0.25, linewidth=0)
+
+
+def _mark_best(axes: Axes, mean) -> None:
+    best = int(mean.argmin())
+    side = "left" if best < len(mean) / 3 else "right" if best >= len(mean) * 2 / 3 else "center"
+    axes.plot(best + 1, mean[best], "o", color="black", markersize=6, zorder=3)
+    axes.annotate(
+        f"lowest: {mean[best]:.3f}, epoch {best + 1}",
+        (best + 1, mean[best]),
+        xytext=(0, -22),
+        textcoords="offset points",
+        ha=side,
+        fontsize=8,
+    )

@@ -1,0 +1,85 @@
+"""The package's shape: who may import whom, and what importing costs."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fashion_jax
+
+PACKAGE = Path(fashion_jax.__file__).parent
+ALLOWED = {
+    "__init__": {"config", "data", "model", "train"},
+    "config": set(),
+    "data": {"files"},
+    "files": set(),
+    "log": {"train"},
+    "model": {"threefry"},
+    "plot": {"train"},
+    "report": {"config", "train"},
+    "threefry": set(),
+    "train": {"config", "data", "model"},
+}
+# A type lives with the function that makes it; these modules read results and train nothing.
+TYPES_ONLY = {"log": {"EpochEnd"}, "plot": {"History"}, "report": {"History"}}
+ONLY_IN = {"flax": "model", "matplotlib": "plot", "tqdm": "log", "tensorflow_datasets": "data"}
+
+
+def imports(module: str):
+    tree = ast.parse((PACKAGE / f"{module}.py").read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, set(), node.col_offset) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "absolute imports only"
+            yield node.module, {alias.name for alias in node.names}, node.col_offset
+
+
+def test_every_module_has_its_place():
+    assert {path.stem for path in PACKAGE.glob("*.py")} == ALLOWED.keys()
+
+
+@pytest.mark.parametrize("module", ALLOWED)
+def test_imports_go_one_way(module):
+    for name, names, _ in imports(module):
+        if name.startswith("fashion_jax"):
+            sibling = name.removeprefix("fashion_jax").lstrip(".")
+            assert sibling in ALLOWED[module]
+            if sibling == "train" and module in TYPES_ONLY:
+                assert names <= TYPES_ONLY[module]
+
+
+@pytest.mark.parametrize("module", ALLOWED)
+def test_heavy_packages_have_one_room(module):
+    for name, _, column in imports(module):
+        package = name.split(".")[0]
+        assert ONLY_IN.get(package, module) == module
+        assert package not in {"pickle", "tyro", "tensorflow"}
+        if package == "tensorflow_datasets":
+            assert column > 0, "TFDS is imported where it is used"
+
+
+def test_importing_the_package_loads_little_and_starts_nothing():
+    code = """
+import sys
+import fashion_jax
+assert not {"jax", "flax", "numpy"} & sys.modules.keys()
+from fashion_jax import fit, load
+heavy = {"tensorflow_datasets", "tensorflow", "matplotlib", "PIL", "tyro"} & sys.modules.keys()
+assert not heavy, heavy
+from jax.extend import backend
+from jax._src import xla_bridge
+assert not xla_bridge.backends_are_initialized()
+"""
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
+
+
+def test_every_public_name_is_there():
+    for names in fashion_jax._ROOMS.values():
+        for name in names:
+            assert getattr(fashion_jax, name) is not None
+            assert name in dir(fashion_jax)
+    with pytest.raises(AttributeError, match="no attribute 'fot'"):
+        fashion_jax.fot  # noqa: B018

@@ -1,0 +1,280 @@
+"""What a person sees: figures, tables, progress, files, and the example that makes them all."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from fashion_jax import History, Metrics, TrainConfig, plot, report
+from fashion_jax.config import TrainConfig as Config
+from fashion_jax.files import write_atomically
+from fashion_jax.log import Progress
+from fashion_jax.train import EpochEnd, init_state
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "compare_overfit.py"
+
+
+def history(runs=3, epochs=5) -> History:
+    rng = np.random.default_rng(0)
+    leaves = rng.uniform(0.2, 0.5, (5, runs, epochs))
+    return History(leaves[0], Metrics(leaves[1], leaves[2]), Metrics(leaves[3], leaves[4]))
+
+
+def pixels(figure) -> np.ndarray:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="rgba", dpi=50)
+    return np.frombuffer(buffer.getvalue(), np.uint8)
+
+
+def test_losses_draws_mean_band_and_best_epoch():
+    arms = {"no dropout": history(), "dropout 0.2": history()}
+    figure = plot.losses(arms)
+    assert [axes.get_title() for axes in figure.axes] == list(arms)
+    for axes in figure.axes:
+        *curves, best = axes.lines
+        expected = [arms["no dropout"].running_loss, arms["no dropout"].train.loss, arms["no dropout"].validation.loss]
+        for line, leaf in zip(curves, expected, strict=True):
+            np.testing.assert_allclose(line.get_ydata(), leaf.mean(axis=0))
+            np.testing.assert_array_equal(line.get_xdata(), [1, 2, 3, 4, 5])
+        mean = expected[-1].mean(axis=0)
+        assert best.get_xdata()[0] == mean.argmin() + 1
+        assert best.get_ydata()[0] == mean.min()
+        band = axes.collections[-1].get_paths()[0].vertices[:, 1]
+        sd = expected[-1].std(axis=0, ddof=1)
+        assert band.max() == pytest.approx((mean + sd).max())
+        assert len({line.get_linestyle() for line in curves}) == 3
+        assert axes.get_xlabel() == "epoch"
+    assert "mean ± sd of 3 runs" in figure.axes[0].get_ylabel()
+    assert figure.axes[-1].get_legend() is not None
+    assert pixels(figure).std() > 0
+
+
+def test_losses_of_one_run_have_no_band():
+    one = jax.tree.map(lambda leaf: leaf[0], history())
+    axes = plot.losses({"one": one}).axes[0]
+    assert not axes.collections
+    assert axes.get_ylabel() == "loss (nats)"
+
+
+def test_losses_refuses_other_axes():
+    with pytest.raises(ValueError, match="at least one History"):
+        plot.losses({})
+    deep = jax.tree.map(lambda leaf: leaf[None], history())
+    with pytest.raises(ValueError, match=r"\[epochs\] or \[runs, epochs\]"):
+        plot.losses({"deep": deep})
+
+
+def test_classification_draws_ten_bars(splits):
+    probabilities = np.full(10, 0.02)
+    probabilities[3] = 0.82
+    names = [str(i) for i in range(10)]
+    figure = plot.classification(splits.test.images[0], probabilities, class_names=names, label=9)
+    picture, bars = figure.axes
+    np.testing.assert_array_equal(picture.images[0].get_array(), splits.test.images[0])
+    assert [bar.get_width() for bar in bars.patches] == probabilities.tolist()
+    assert bars.get_title() == "prediction: 3"
+    assert picture.get_title() == "label: 9"
+    pixels(figure)
+    with pytest.raises(ValueError, match="class_names must name 10 classes, got 2"):
+        plot.classification(splits.test.images[0], probabilities, class_names=["a", "b"])
+
+
+def test_image_sheet_lays_images_row_by_row(splits):
+    images = splits.train.images[:7]
+    sheet = plot.image_sheet(images, columns=3).axes[0].images[0].get_array()
+    assert sheet.shape == (84, 84)
+    for i, image in enumerate(images):
+        row, column = divmod(i, 3)
+        np.testing.assert_array_equal(sheet[row * 28 :, column * 28 :][:28, :28], image)
+    assert (sheet[56:, 28:] == 0).all()
+    with pytest.raises(ValueError, match="n at least 1"):
+        plot.image_sheet(images[:0], columns=3)
+    with pytest.raises(ValueError, match="columns must be at least 1"):
+        plot.image_sheet(images, columns=0)
+
+
+def test_figures_need_no_display_and_no_global_state():
+    code = """
+import io, sys
+import matplotlib, numpy as np
+from fashion_jax import plot
+names = set(matplotlib.rcParams) - {"backend"}  # Reading the backend loads pyplot.
+before = {name: matplotlib.rcParams[name] for name in names}
+plot.image_sheet(np.zeros((9, 28, 28), np.uint8)).savefig(io.BytesIO())
+assert {name: matplotlib.rcParams[name] for name in names} == before
+assert "matplotlib.pyplot" not in sys.modules
+"""
+    environment = {name: value for name, value in os.environ.items() if name not in ("DISPLAY", "MPLBACKEND")}
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, env=environment)
+
+
+def test_table_gives_mean_and_sd_at_the_last_and_the_best_epoch():
+    arm = history(runs=4)
+    lines = report.table({"arm": arm}).splitlines()
+    assert len({len(line) for line in lines}) == 1
+    last = f"{arm.validation.loss[:, -1].mean():.4f} ± {arm.validation.loss[:, -1].std(ddof=1):.4f}"
+    assert last in lines[2]
+    best = arm.validation.loss.argmin(axis=1)
+    accuracy = arm.validation.accuracy[np.arange(4), best]
+    assert f"{accuracy.mean():.4f} ± {accuracy.std(ddof=1):.4f}" in lines[3]
+    assert f"best: {best.min() + 1}-{best.max() + 1}" in lines[3]
+
+
+def test_json_holds_every_figure():
+    arm = history(runs=2)
+    results = json.loads(json.dumps(report.as_json({"arm": arm}, seeds=[0, 1], config=TrainConfig(), rates=[0.0])))
+    assert results["arms"]["arm"]["validation"]["accuracy"] == arm.validation.accuracy.tolist()
+    assert results["config"]["batch_size"] == 64
+    assert results["seeds"] == [0, 1]
+    assert results["rates"] == [0.0]
+    assert results["environment"]["versions"]["jax"] == jax.__version__
+    assert results["environment"]["devices"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "error"),
+    [
+        ("hidden", [256], TypeError),
+        ("hidden", (256, 0), ValueError),
+        ("hidden", (256.0,), TypeError),
+        ("batch_size", 0, ValueError),
+        ("batch_size", "64", TypeError),
+        ("batch_size", True, TypeError),
+        ("learning_rate", 0.0, ValueError),
+        ("learning_rate", -1.0, ValueError),
+        ("learning_rate", float("nan"), ValueError),
+        ("learning_rate", float("inf"), ValueError),
+        ("learning_rate", "0.003", TypeError),
+        ("train_eval_size", 0, ValueError),
+        ("eval_batch_size", -5, ValueError),
+    ],
+)
+def test_config_refuses_bad_fields(field, value, error, unchecked):
+    with pytest.raises(error, match=f"{field}.*must"):
+        Config(**{field: value})
+
+
+def test_config_is_a_static_argument():
+    assert hash(TrainConfig()) == hash(TrainConfig())
+    assert TrainConfig() != TrainConfig(batch_size=128)
+
+
+def end(epoch, epochs) -> EpochEnd:
+    running, loss, train_accuracy, validation_loss, accuracy = map(np.asarray, (0.5, 0.4, 0.8, 0.45, 0.85))
+    history = History(running, Metrics(loss, train_accuracy), Metrics(validation_loss, accuracy))
+    return EpochEnd(epoch, epochs, 0.2, history, init_state(jax.random.key(0)))
+
+
+def test_progress_prints_plain_lines_without_a_terminal():
+    stream = io.StringIO()
+    with Progress(3, file=stream) as progress:
+        for epoch in (1, 2, 3):
+            progress(end(epoch, 3))
+    lines = stream.getvalue().splitlines()
+    assert len(lines) == 3
+    assert lines[2].startswith("epoch 3/3, dropout 0.2: training loss 0.4000, validation loss 0.4500, accuracy 0.8500")
+    assert "\r" not in stream.getvalue()
+
+
+def test_progress_draws_a_bar_on_a_terminal():
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    stream = Terminal()
+    with Progress(1, file=stream) as progress:
+        progress(end(1, 1))
+    assert "1/1" in stream.getvalue()
+    assert "accuracy=0.8500" in stream.getvalue()
+
+
+def test_files_are_replaced_as_a_whole(tmp_path):
+    path = tmp_path / "größe 1" / "file.txt"
+    write_atomically(path, "first")
+    assert path.read_text() == "first"
+    with pytest.raises(TypeError):
+        write_atomically(path, 3)  # type: ignore[arg-type]
+    assert path.read_text() == "first"
+    assert [entry.name for entry in path.parent.iterdir()] == ["file.txt"]
+    other = tmp_path / "other"
+    other.touch()
+    assert path.stat().st_mode == other.stat().st_mode
+
+
+def run_example(*flags, **options):
+    command = [sys.executable, str(EXAMPLE), *map(str, flags)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, **options)
+
+
+def test_the_example_compares_both_arms_on_the_real_data(tmp_path):
+    result = run_example("--epochs", 2, "--seeds", 2, "--train-size", 5000, "--output", tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    cells = [[cell.strip() for cell in line.split("|")] for line in result.stdout.splitlines()]
+    assert [row[1:2] for row in cells[2:6]] == [["no dropout"], ["no dropout"], ["dropout 0.2"], ["dropout 0.2"]]
+    assert cells[2][2] == "last: 2"
+    assert result.stderr.count("epoch ") == 8
+    names = ["history.json", "losses.png", "prediction.png", "samples.png"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
+    for name in names[1:]:
+        assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
+    results = json.loads((tmp_path / "out" / "history.json").read_text())
+    assert np.shape(results["arms"]["dropout 0.2"]["validation"]["loss"]) == (2, 2)
+    assert results["seeds"] == [0, 1]
+    assert "test" not in results
+
+
+def test_the_example_touches_the_test_set_once_with_a_hold_out(tmp_path):
+    flags = ("--epochs", 1, "--seeds", 1, "--train-size", 2000, "--holdout", 0.2, "--rates", 0.5, "--output", tmp_path)
+    result = run_example(*flags)
+    assert result.returncode == 0, result.stderr
+    assert "dropout 0.5, test set after the last epoch: loss " in result.stdout
+    results = json.loads((tmp_path / "history.json").read_text())
+    assert np.shape(results["test"]["dropout 0.5"]["accuracy"]) == (1,)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--rates", 1.5), "error: dropout_rate must lie in [0, 1), got 1.5"),
+        (("--rates", 0.2, 0.2), "none twice"),
+        (("--seeds", 0), "--seeds must be at least 1, got 0"),
+        (("--epochs", 0), "epochs must be at least 1, got 0"),
+        (("--holdout", 1.5), "fraction must lie in (0, 1)"),
+        (("--train-size", 70000), "size must lie between 1 and the 60000 examples"),
+        (("--data-dir", "/no/such"), "data_dir does not exist: /no/such"),
+        (("--epoch", 3), "Perhaps you meant"),
+    ],
+)
+def test_the_example_refuses_bad_flags(tmp_path, flags, message):
+    result = run_example(*flags, "--output", tmp_path)
+    assert result.returncode != 0
+    assert message in " ".join((result.stderr + result.stdout).split())
+    assert "Traceback" not in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_ctrl_c_keeps_the_complete_seeds(tmp_path):
+    command = [sys.executable, str(EXAMPLE), "--epochs", "1", "--seeds", "1000", "--train-size", "500"]
+    process = subprocess.Popen(
+        [*command, "--output", str(tmp_path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+    )
+    seen = 0
+    while seen < 5:
+        seen += process.stderr.readline().startswith("epoch ")
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "of 1000 seeds complete; run the same command again" in errors
+    results = json.loads((tmp_path / "history.json").read_text())
+    assert len(results["seeds"]) >= 2
