@@ -169,4 +169,5 @@ def _mark_best(axes: Axes, mean) -> None:
         textcoords="offset points",
         ha=side,
         fontsize=8,
+        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
     )
