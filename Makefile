@@ -15,7 +15,7 @@ compare: $(INSTALLED) data
 	$(BIN)/python examples/compare_overfit.py $(ARGS)
 
 data: $(INSTALLED)
-	sh scripts/get_data.sh $(BIN)/python
+	sh scripts/get_data.sh $(BIN)/python >/dev/null
 
 test: $(TEST) data
 	$(BIN)/python -m pytest $(ARGS)

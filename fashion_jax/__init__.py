@@ -33,6 +33,22 @@ if TYPE_CHECKING:
     from fashion_jax.train import fit as fit
 
 __version__ = "0.1.0"
+__all__ = [
+    "CLASS_NAMES",
+    "Batch",
+    "Dropout",
+    "FashionMLP",
+    "History",
+    "Metrics",
+    "Run",
+    "Splits",
+    "TrainConfig",
+    "TrainState",
+    "fit",
+    "hold_out",
+    "load",
+    "subset",
+]
 
 _ROOMS = {
     "config": ("TrainConfig",),
@@ -50,4 +66,4 @@ def __getattr__(name: str):
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *(name for names in _ROOMS.values() for name in names)])
+    return sorted({*globals(), *__all__})

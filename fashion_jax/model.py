@@ -174,7 +174,7 @@ def _linear(x, features: int, name: str):
     bound = 1 / math.sqrt(x.shape[-1])
 
     def init(key, shape, dtype):
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
+        return (2 * uniform(key, shape) - 1).astype(dtype) * bound
 
     layer = nn.Dense(features, kernel_init=init, bias_init=init, param_dtype=jnp.result_type(float), name=name)
     return layer(x)

@@ -77,9 +77,9 @@ assert not xla_bridge.backends_are_initialized()
 
 
 def test_every_public_name_is_there():
-    for names in fashion_jax._ROOMS.values():
-        for name in names:
-            assert getattr(fashion_jax, name) is not None
-            assert name in dir(fashion_jax)
+    assert sorted(fashion_jax.__all__) == sorted(name for names in fashion_jax._ROOMS.values() for name in names)
+    for name in fashion_jax.__all__:
+        assert getattr(fashion_jax, name) is not None
+        assert name in dir(fashion_jax)
     with pytest.raises(AttributeError, match="no attribute 'fot'"):
         fashion_jax.fot  # noqa: B018
