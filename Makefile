@@ -9,7 +9,9 @@ INSTALLED := $(VENV)/installed-$(VERSION)
 TEST := $(VENV)/test-$(VERSION)
 LINT := $(VENV)/lint-$(VERSION)
 
-.PHONY: compare test check format lint types data constraints clean
+BENCH := $(VENV)/bench-$(VERSION)
+
+.PHONY: compare test bench check format lint types data constraints clean
 
 compare: $(INSTALLED) data
 	$(BIN)/python examples/compare_overfit.py $(ARGS)
@@ -19,6 +21,9 @@ data: $(INSTALLED)
 
 test: $(TEST) data
 	$(BIN)/python -m pytest $(ARGS)
+
+bench: $(BENCH) data
+	for name in throughput roofline startup rounding; do $(BIN)/python -m benchmarks.$$name || exit 1; done
 
 check: format lint types test
 
@@ -48,6 +53,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 $(TEST): $(INSTALLED)
 	$(PIP) install --constraint constraints.txt --group test
+	touch $@
+
+$(BENCH): $(INSTALLED)
+	$(PIP) install --constraint constraints.txt --group bench
 	touch $@
 
 $(LINT): $(INSTALLED)

@@ -266,7 +266,8 @@ def train_epoch(
     steps = -(-n // config.batch_size)
     keys = split_key(key)
     epoch = state.step // steps
-    order = jax.random.permutation(jax.random.fold_in(keys.order, epoch), n)
+    # jax.random.permutation sorts twice, to break ties that so few draws of 32 bits hardly have.
+    order = jnp.argsort(jax.random.bits(jax.random.fold_in(keys.order, epoch), (n,)))
     indices, weights = _pad_and_split(order, n, config.batch_size)
     epoch_key = jax.random.fold_in(keys.dropout, epoch)
     step_keys = jax.vmap(functools.partial(jax.random.fold_in, epoch_key))(jnp.arange(steps))

@@ -1,0 +1,137 @@
+"""What every benchmark shares: alternating timed runs, and the record that a run leaves."""
+
+import dataclasses
+import datetime
+import gc
+import io
+import json
+import re
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import torch
+from matplotlib.figure import Figure
+
+from fashion_jax import files, report
+
+RECORDS = Path(__file__).parent / "records"
+Row = dict[str, Any]
+
+
+def alternate(programs: Mapping[str, Callable[[], object]], repetitions: int) -> dict[str, list[float]]:
+    """Time programs in turns, A B C A B C ..., so that a drift of the machine's speed meets all of them.
+
+    Args:
+        programs: Each returns when its work is done.
+        repetitions: Timed runs of each; they should have run once before.
+
+    Returns:
+        Seconds of each run.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in programs}
+    for _ in range(repetitions):
+        for name, program in programs.items():
+            gc.collect()
+            start = time.perf_counter()
+            program()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def timed(program: Callable[[], Any]) -> tuple[Any, float]:
+    """Run once; return what it returned, and the seconds."""
+    start = time.perf_counter()
+    result = program()
+    return result, time.perf_counter() - start
+
+
+def spread(seconds: list[float]) -> Row:
+    """Summarise timings by median, minimum and maximum."""
+    return {
+        "median (s)": statistics.median(seconds),
+        "min (s)": min(seconds),
+        "max (s)": max(seconds),
+        "repetitions": len(seconds),
+    }
+
+
+def environment() -> Row:
+    """Tell device, processor, versions and threads of both sides."""
+    both = report.environment()
+    both["versions"] |= {"torch": torch.__version__}
+    both["torch threads"] = torch.get_num_threads()
+    if torch.cuda.is_available():
+        both["torch device"] = torch.cuda.get_device_name()
+    return both
+
+
+def default_output() -> Path:
+    """Name the folder of a record made now: date and device."""
+    about = report.environment()
+    device = about["devices"][0]
+    if about["platform"] == "cpu":
+        device = f"{about['processor']} {about['threads']} cores"
+    slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+    return RECORDS / f"{datetime.date.today():%Y-%m-%d}-{slug}"
+
+
+def write(name: str, rows: list[Row], *, flags: Any, output: Path | None, figure: Figure | None, **more: Any) -> None:
+    """Print a table of the rows, and write NAME.json and NAME.png.
+
+    Args:
+        name: The benchmark's name.
+        rows: One row a measurement; keys are column headings.
+        flags: The dataclass of flags that the benchmark ran with.
+        output: Folder to write into; by default `default_output()`.
+        figure: The picture.
+        **more: Further entries of the JSON file.
+    """
+    output = default_output() if output is None else output
+    print(table(rows), flush=True)
+    record = {
+        "benchmark": name,
+        "date": f"{datetime.date.today():%Y-%m-%d}",
+        "environment": environment(),
+        "flags": dataclasses.asdict(flags),
+        **more,
+        "rows": rows,
+    }
+    files.write_atomically(output / f"{name}.json", json.dumps(record, indent=1, default=str) + "\n")
+    if figure is not None:
+        png = io.BytesIO()
+        figure.savefig(png, format="png", dpi=110)
+        files.write_atomically(output / f"{name}.png", png.getvalue())
+    print(f"{jax.default_backend()}: wrote {output / name}.json", flush=True)
+
+
+def table(rows: list[Row]) -> str:
+    """Lay out rows as a Markdown table, numbers with four significant digits."""
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    return report.markdown([tuple(columns), *(tuple(_cell(row.get(column, "")) for column in columns) for row in rows)])
+
+
+def bars(rows: list[Row], *, label: str, value: str, low: str, high: str, unit: str) -> Figure:
+    """Draw one horizontal bar a row, with a line from its lowest to its highest value."""
+    figure = Figure(figsize=(8, 0.6 + 0.32 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    values = [row[value] for row in rows]
+    around = [[row[value] - row[low] for row in rows], [row[high] - row[value] for row in rows]]
+    axes.barh(range(len(rows)), values, xerr=around, color="#9db8d9", edgecolor="#123a6d", ecolor="black", capsize=3)
+    axes.set_yticks(range(len(rows)), labels=[row[label] for row in rows], fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel(unit)
+    axes.grid(axis="x", alpha=0.3)
+    for i, (number, reach) in enumerate(zip(values, around[1], strict=True)):
+        axes.annotate(
+            f"{number:.3g}", (number + reach, i), xytext=(6, 0), textcoords="offset points", va="center", fontsize=8
+        )
+    axes.margins(x=0.12)
+    return figure
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,169 @@
+"""How close does `fit` come to what this machine can do, and where does the rest of the time go?"""
+
+import contextlib
+import dataclasses
+import functools
+import inspect
+import itertools
+from pathlib import Path
+from typing import Annotated
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import optax
+import tyro
+
+from benchmarks import harness
+from fashion_jax import Batch, TrainConfig, load, model, train
+from fashion_jax.train import evaluate, init_state, train_epoch, train_eval_part, train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    batch_size: int = 64
+    """Examples in a step."""
+    repetitions: int = 7
+    """Timed runs of each variant, in turns."""
+    data_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Directory with the data set."""
+    output: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Folder for the record; by default benchmarks/records/<date>-<device>."""
+
+
+def flop_of_an_epoch(n: int, widths: tuple[int, ...] = (784, 256, 128, 64, 10)) -> float:
+    """Count the matrix products: forward, weight gradients, and input gradients of all layers but the first."""
+    weights = [a * b for a, b in itertools.pairwise(widths)]
+    return 2.0 * n * (2 * sum(weights) + sum(weights[1:]))
+
+
+def gemm_rate(size: int):
+    """Make a program that multiplies two square matrices four times."""
+    a = jnp.ones((size, size))
+    product = jax.jit(lambda a: a @ a @ a @ a @ a)
+    return lambda: product(a).block_until_ready(), 4 * 2.0 * size**3
+
+
+def matrix_products(config: TrainConfig, steps: int):
+    """Make a program of an epoch's matrix products alone, each feeding the next step through the weights."""
+    widths = (784, *config.hidden, 10)
+    weights = [jnp.full(shape, 0.01) for shape in itertools.pairwise(widths)]
+    x = jnp.ones((config.batch_size, 784))
+
+    @jax.jit
+    def run(weights):
+        def step(weights, _):
+            layers = [x]
+            for weight in weights:
+                layers.append(layers[-1] @ weight)
+            delta, gradients = layers.pop(), []
+            for layer, weight in zip(reversed(layers), reversed(weights), strict=True):
+                gradients.insert(0, layer.T @ delta)
+                delta = delta @ weight.T
+            return [weight - 1e-9 * gradient for weight, gradient in zip(weights, gradients, strict=True)], None
+
+        return jax.lax.scan(step, weights, None, length=steps)[0]
+
+    return lambda: jax.block_until_ready(run(weights))
+
+
+@contextlib.contextmanager
+def without(part: str):
+    """Leave one part of the training step out while a program is traced."""
+    replaced = {
+        "Adam": lambda: mock.patch.object(train, "_optimiser", lambda config: optax.sgd(config.learning_rate)),
+        "dropout's random numbers": lambda: mock.patch.object(
+            model, "uniform", lambda key, shape: jnp.full(shape, 0.5)
+        ),
+        "nothing": contextlib.nullcontext,
+    }
+    jax.clear_caches()
+    with replaced[part]():
+        yield
+    jax.clear_caches()
+
+
+def main(flags: Flags) -> None:
+    config = TrainConfig(batch_size=flags.batch_size)
+    splits = load(flags.data_dir)
+    train_eval = train_eval_part(splits.train, config)
+    data, train_eval, test = jax.tree.map(jnp.array, (splits.train, train_eval, splits.test))
+    n = len(data.labels)
+    steps = -(-n // flags.batch_size)
+    key = jax.random.key(0)
+
+    def epoch(part: str, dropout_rate: float | None = 0.2):
+        with without(part):
+            state = init_state(key, config=config)
+            if part == "Adam":
+                state = state._replace(opt_state=optax.sgd(config.learning_rate).init(state.params))
+            # A compilation of its own, in which the part is missing.
+            program = jax.jit(functools.partial(inspect.unwrap(train_epoch), config=config, dropout_rate=dropout_rate))
+            compiled = program.lower(state, data, key).compile()
+        return lambda: jax.block_until_ready(compiled(state, data, key))
+
+    def fixed_batch():
+        batch = Batch(data.images[: flags.batch_size], data.labels[: flags.batch_size])
+        weights = jnp.ones(flags.batch_size)
+
+        @jax.jit
+        def run(state):
+            def step(state, key):
+                return train_step(state, batch, key, config=config, dropout_rate=0.2, weights=weights)
+
+            return jax.lax.scan(step, state, jax.random.split(key, steps))[0]
+
+        state = init_state(key, config=config)
+        return lambda: jax.block_until_ready(run(state))
+
+    state = init_state(key, config=config)
+    evaluation = jax.jit(lambda params: [evaluate(params, part, config=config) for part in (train_eval, test)])
+    programs = {
+        "training epoch, whole": epoch("nothing"),
+        "without Adam (plain gradient descent)": epoch("Adam"),
+        "without dropout's random numbers": epoch("dropout's random numbers"),
+        "without shuffling and gathering (one batch, again and again)": fixed_batch(),
+        "the matrix products alone": matrix_products(config, steps),
+        "both evaluations alone (20,000 images)": lambda: jax.block_until_ready(evaluation(state.params)),
+    }
+    gemms = {f"GEMM {size}x{size}": gemm_rate(size) for size in (1024, 2048, 3072)}
+    programs |= {name: program for name, (program, _) in gemms.items()}
+    for program in programs.values():
+        program()
+    seconds = harness.alternate(programs, flags.repetitions)
+
+    rate = max(flop / harness.spread(seconds[name])["median (s)"] for name, (_, flop) in gemms.items())
+    counted = flop_of_an_epoch(n)
+    batch = Batch(data.images[: flags.batch_size], data.labels[: flags.batch_size])
+    step = train_step.lower(state, batch, key, config=config, dropout_rate=0.2).compile()
+    by_xla = (step.cost_analysis() or {})["flops"] * n / flags.batch_size
+    whole = harness.spread(seconds["training epoch, whole"])["median (s)"]
+    rows: list[harness.Row] = []
+    for name, runs in seconds.items():
+        row = {"program": name, **harness.spread(runs)}
+        flop = gemms[name][1] if name in gemms else counted
+        if name in gemms or name in ("training epoch, whole", "the matrix products alone"):
+            row["GFLOP/s"] = flop / row["median (s)"] / 1e9
+            row["share of GEMM rate"] = flop / row["median (s)"] / rate
+        if name.startswith("without"):
+            row["share of the epoch that it takes"] = 1 - row["median (s)"] / whole
+        rows.append(row)
+    print(
+        f"FLOP of an epoch's matrix products, counted: {counted / 1e9:.1f} G; all of XLA's count: {by_xla / 1e9:.1f} G"
+    )
+    figure = harness.bars(rows[:6], label="program", value="median (s)", low="min (s)", high="max (s)", unit="seconds")
+    harness.write(
+        "roofline",
+        rows,
+        flags=flags,
+        output=flags.output,
+        figure=figure,
+        gemm_gflop_per_s=rate / 1e9,
+        epoch_gflop=counted / 1e9,
+        epoch_gflop_by_xla=by_xla / 1e9,
+        share_of_gemm_rate=counted / whole / rate,
+    )
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Flags, description=__doc__))

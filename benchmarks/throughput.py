@@ -1,0 +1,194 @@
+"""How many images a second does each program train? PyTorch's loops against JAX's, one process, in turns."""
+
+import csv
+import dataclasses
+import functools
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Literal, Protocol
+
+import jax
+import jax.numpy as jnp
+import torch
+import tyro
+
+from benchmarks import harness
+from benchmarks.reference import FastLoop, TutorialLoop
+from fashion_jax import Batch, TrainConfig, load
+from fashion_jax.train import (
+    evaluate,
+    init_state,
+    train_and_evaluate_epoch,
+    train_epoch,
+    train_eval_part,
+    train_step,
+)
+
+RATE = 0.2
+CURVES = Path(__file__).parents[1] / "tests" / "reference" / "pytorch_curves.csv"
+# Beyond the range of three reference runs: about three standard deviations between seeds.
+SLACK = 0.010
+# At other batch sizes there are no reference runs; all programs must then agree with PyTorch's best.
+AGREEMENT = 0.03
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    device: Literal["cpu", "gpu"] = "cpu"
+    """Where both sides run."""
+    batch_sizes: tuple[int, ...] = (64, 512, 4096)
+    """Examples in a step."""
+    repetitions: int = 5
+    """Timed epochs of each program, in turns, after one that is not timed."""
+    tutorial: bool = True
+    """Time the tutorial's own loop as well; it is slow."""
+    compile: bool = True
+    """Time PyTorch with torch.compile as well; it takes about a minute to compile."""
+    data_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Directory with the data set."""
+    output: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Folder for the record; by default benchmarks/records/<date>-<device>."""
+
+
+class Program(Protocol):
+    """Trains one epoch a call and returns the mean of the batch losses."""
+
+    def epoch(self) -> float: ...
+
+    def measure(self) -> object: ...
+
+
+class Torch:
+    """A PyTorch loop, and the two evaluations that `fit` makes."""
+
+    def __init__(self, loop: TutorialLoop | FastLoop, train_eval: Batch, test: Batch):
+        self.loop, self.parts = loop, (train_eval, test)
+        self.epoch = loop.epoch
+
+    def measure(self) -> object:
+        loss = self.loop.epoch()
+        return loss, [self.loop.evaluate(part) for part in self.parts]
+
+
+class JaxSteps:
+    """One jitted call a step, driven from Python."""
+
+    def __init__(self, train: Batch, train_eval: Batch, test: Batch, config: TrainConfig):
+        self.train, self.parts, self.config = train, (train_eval, test), config
+        self.key = jax.random.key(0)
+        self.state = init_state(self.key, config=config)
+
+    def epoch(self) -> float:
+        self.key, order_key, dropout_key = jax.random.split(self.key, 3)
+        order = jax.random.permutation(order_key, len(self.train.labels))
+        losses = []
+        for step, start in enumerate(range(0, len(order), self.config.batch_size)):
+            rows = order[start : start + self.config.batch_size]
+            batch = Batch(self.train.images[rows], self.train.labels[rows])
+            key = jax.random.fold_in(dropout_key, step)
+            self.state, metrics = train_step(self.state, batch, key, config=self.config, dropout_rate=RATE)
+            losses.append(metrics.loss)
+        return jnp.stack(losses).mean().item()
+
+    def measure(self) -> object:
+        loss = self.epoch()
+        return loss, jax.device_get([evaluate(self.state.params, part, config=self.config) for part in self.parts])
+
+
+class JaxFit:
+    """What `fit` runs: the whole epoch as one compiled program."""
+
+    def __init__(self, train: Batch, train_eval: Batch, test: Batch, config: TrainConfig):
+        self.data, self.config = (train, train_eval, test), config
+        self.key = jax.random.key(0)
+        self.state = init_state(self.key, config=config)
+
+    def epoch(self) -> float:
+        self.state, loss = train_epoch(self.state, self.data[0], self.key, config=self.config, dropout_rate=RATE)
+        return loss.item()
+
+    def measure(self) -> object:
+        self.state, history = train_and_evaluate_epoch(
+            self.state, *self.data, self.key, config=self.config, dropout_rate=RATE
+        )
+        return jax.device_get(history)
+
+
+def band(batch_size: int, best: float) -> tuple[float, float]:
+    """Tell where the first epoch's loss has to lie."""
+    if batch_size != 64:
+        return best * (1 - AGREEMENT), best * (1 + AGREEMENT)
+    with CURVES.open() as file:
+        rows = [row for row in csv.DictReader(file) if row["epoch"] == "1" and float(row["dropout_rate"]) == RATE]
+    losses = [float(row["running_train_loss"]) for row in rows]
+    return min(losses) - SLACK, max(losses) + SLACK
+
+
+def main(flags: Flags) -> None:
+    jax.config.update("jax_platforms", "cuda" if flags.device == "gpu" else "cpu")
+    splits = load(flags.data_dir)
+    train_eval = train_eval_part(splits.train, TrainConfig())
+    train, train_eval_there, test = jax.tree.map(jnp.array, (splits.train, train_eval, splits.test))
+    torch_device = "cuda" if flags.device == "gpu" else "cpu"
+    n = len(splits.train.labels)
+
+    rows: list[harness.Row] = []
+    for size in flags.batch_sizes:
+        config = TrainConfig(batch_size=size)
+        fast = functools.partial(FastLoop, splits.train, dropout_rate=RATE, batch_size=size, device=torch_device)
+        makers: dict[str, Callable[[], Program]] = {
+            "JAX, fit": lambda config=config: JaxFit(train, train_eval_there, test, config),
+            "JAX, a jitted step at a time": lambda config=config: JaxSteps(train, train_eval_there, test, config),
+            "PyTorch, in memory, fused Adam": lambda fast=fast: Torch(fast(), train_eval, splits.test),
+        }
+        if flags.compile:
+            makers["PyTorch, the same, compiled"] = lambda fast=fast: Torch(
+                fast(compiled=True), train_eval, splits.test
+            )
+        if flags.tutorial and flags.device == "cpu":
+            makers["PyTorch, the tutorial's loop"] = lambda size=size: Torch(
+                TutorialLoop(splits.train, dropout_rate=RATE, batch_size=size), train_eval, splits.test
+            )
+        programs, first_loss, first_seconds = {}, {}, {}
+        for name, make in makers.items():
+            programs[name] = make()
+            first_loss[name], first_seconds[name] = harness.timed(programs[name].epoch)
+            programs[name].measure()
+        low, high = band(size, first_loss["PyTorch, in memory, fused Adam"])
+        trains = {name: low <= loss <= high for name, loss in first_loss.items()}
+        for what, method in (("training", "epoch"), ("training and evaluation", "measure")):
+            seconds = harness.alternate(
+                {name: getattr(program, method) for name, program in programs.items() if trains[name]},
+                flags.repetitions,
+            )
+            for name, loss in first_loss.items():
+                row: harness.Row = {"batch size": size, "what": what, "program": name, "loss after 1 epoch": loss}
+                if not trains[name]:
+                    rows.append(row | {"refused": f"its loss is outside {low:.4f}..{high:.4f}"})
+                    continue
+                timing = harness.spread(seconds[name])
+                row |= {"images/s": n / timing["median (s)"], **timing, "first epoch (s)": first_seconds[name]}
+                others = [name for name in seconds if name.startswith("PyTorch, in") or "compiled" in name]
+                # Pair by pair, so that a drift of the machine cancels.
+                best = min(others, key=lambda name: harness.spread(seconds[name])["median (s)"])
+                row["x PyTorch at its best"] = _ratio(seconds[best], seconds[name])
+                tutorial = "PyTorch, the tutorial's loop"
+                if tutorial in seconds:
+                    row["x the tutorial's loop"] = _ratio(seconds[tutorial], seconds[name])
+                rows.append(row)
+    drawn = [row | {"name": f"{row['program']}, batch {row['batch size']}"} for row in rows if "images/s" in row]
+    drawn = [row for row in drawn if row["what"] == "training"]
+    figure = harness.bars(
+        drawn, label="name", value="median (s)", low="min (s)", high="max (s)", unit="seconds per training epoch"
+    )
+    harness.write("throughput", rows, flags=flags, output=flags.output, figure=figure, dropout_rate=RATE)
+
+
+def _ratio(others: list[float], ours: list[float]) -> float:
+    return harness.statistics.median(other / our for other, our in zip(others, ours, strict=True))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    main(tyro.cli(Flags, description=__doc__))
