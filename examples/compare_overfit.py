@@ -1,6 +1,7 @@
 """Train with and without dropout, several seeds each, and compare the losses: the tutorial's experiment.
 
-Prints one table and writes losses.png, prediction.png, samples.png and history.json.
+Prints a table and verdicts on the tutorial's claims, and writes losses.png, prediction.png, samples.png, history.json,
+report.json and report.md.
 """
 
 import dataclasses
@@ -16,9 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from fashion_jax import CLASS_NAMES, FashionMLP, Run, TrainConfig, data, files, fit, plot, report
+from fashion_jax import CLASS_NAMES, FashionMLP, TrainConfig, data, evidence, files, plot, report, sweep
 from fashion_jax.log import Progress
-from fashion_jax.train import evaluate
+from fashion_jax.train import BestParams, evaluate
+
+REFERENCE = Path(__file__).parents[1] / "tests" / "reference" / "pytorch_curves.csv"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,24 +31,32 @@ class Flags:
     seeds: int = 4
     """Number of seeds; the runs use 0, 1, 2, ... and each seed trains once at every rate."""
     rates: tuple[float, ...] = (0.0, 0.2)
-    """Dropout rates to compare, each in [0, 1)."""
+    """Dropout rates to compare, each in [0, 1). Verdicts need 0 among them, and compare it with the last."""
     train_size: int | None = None
     """Training images to use, the same share of each class; all if left out."""
     holdout: float = 0.0
     """Share of the training images to validate on. 0 validates on the test set after each epoch, as the tutorial's code
     does; otherwise the test set is touched once, at the end."""
+    reference: bool = False
+    """Lay three PyTorch runs under the curves."""
     data_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Directory with the data set; see `python -m fashion_jax.data --help`."""
     output: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("runs/compare_overfit")
     """Directory to write into."""
+    coordinator: Annotated[str | None, tyro.conf.arg(metavar="HOST:PORT")] = None
+    """On several machines: where process 0 listens. Run the same command on each."""
+    processes: int | None = None
+    """On several machines: how many processes there are."""
+    process: int | None = None
+    """On several machines: the number of this process, from 0."""
 
 
 def main(flags: Flags) -> int:
     if flags.seeds < 1:
         raise ValueError(f"--seeds must be at least 1, got {flags.seeds}")
-    if not flags.rates or len(set(flags.rates)) < len(flags.rates):
-        raise ValueError(f"--rates must name at least one rate, and none twice; got {flags.rates}")
-    flags.output.mkdir(parents=True, exist_ok=True)
+    sweep.use_all_cores()
+    if (flags.coordinator, flags.processes, flags.process) != (None, None, None):
+        sweep.join_machines(flags.coordinator, flags.processes, flags.process)
     config = TrainConfig()
     train, test = data.load(flags.data_dir)
     validation = test
@@ -53,60 +64,59 @@ def main(flags: Flags) -> int:
         train, validation = data.hold_out(train, flags.holdout, key=jax.random.key(0))
     if flags.train_size is not None:
         train = data.subset(train, flags.train_size, key=jax.random.key(0))
+    writes = jax.process_index() == 0
+    if writes:
+        flags.output.mkdir(parents=True, exist_ok=True)
 
-    runs: dict[float, list[Run]] = {rate: [] for rate in flags.rates}
-    status = 0
-    with Progress(flags.epochs * flags.seeds * len(flags.rates)) as progress:
-        try:
-            for seed in range(flags.seeds):
-                for rate, done in runs.items():
-                    key = jax.random.key(seed)
-                    done.append(
-                        fit(
-                            train,
-                            validation,
-                            key=key,
-                            config=config,
-                            dropout_rate=rate,
-                            epochs=flags.epochs,
-                            on_epoch=progress,
-                        )
-                    )
-        except KeyboardInterrupt:
-            status = 130
-    seeds = list(range(min(map(len, runs.values()))))
-    if status:
-        print(
-            f"stopped with {len(seeds)} of {flags.seeds} seeds complete; run the same command again for all of them",
-            file=sys.stderr,
+    seeds = list(range(flags.seeds))
+    best = BestParams()
+    with Progress(flags.epochs) as progress:
+        run = sweep.sweep(
+            train,
+            validation,
+            seeds=seeds,
+            dropout_rates=flags.rates,
+            config=config,
+            epochs=flags.epochs,
+            on_epoch=lambda end: (writes and progress(end), flags.holdout and best(end)),
         )
-    if not seeds:
-        return status
+    if not writes:
+        return 0
+    complete = run.history.running_loss.shape[-1]
+    if complete < flags.epochs:
+        print(f"stopped after epoch {complete} of {flags.epochs}; run the command again for all", file=sys.stderr)
 
-    names = {rate: f"dropout {rate:g}" if rate else "no dropout" for rate in flags.rates}
-    stacked = {
-        rate: jax.tree.map(lambda *leaves: np.stack(leaves), *(run.history for run in done[: len(seeds)]))
-        for rate, done in runs.items()
-    }
-    arms = {names[rate]: history for rate, history in stacked.items()}
-    print(report.table(arms))
+    names = [f"dropout {rate:g}" if rate else "no dropout" for rate in flags.rates]
+    arms = {name: jax.tree.map(lambda leaf, i=i: leaf[i], run.history) for i, name in enumerate(names)}
+    sections = [report.table(arms)]
     results = report.as_json(arms, seeds=seeds, config=config, dropout_rates=flags.rates, flags=vars(flags))
+    verdicts = []
+    if 0.0 in flags.rates and len(flags.rates) > 1:
+        verdicts = evidence.judge(arms["no dropout"], arms[names[-1]])
+        sections.append(report.verdicts(verdicts))
     if flags.holdout:
-        results["test"] = {}
-        for rate, done in runs.items():
-            measured = [evaluate(run.state.params, test, config=config) for run in done[: len(seeds)]]
-            loss, accuracy = np.array(measured, np.float64).T
-            results["test"][names[rate]] = {"loss": loss.tolist(), "accuracy": accuracy.tolist()}
-            print(
-                f"{names[rate]}, test set after the last epoch: loss {report.mean_and_sd(loss)}, "
-                f"accuracy {report.mean_and_sd(accuracy)}"
-            )
+        tested = {"last epoch": run.state.params, "epoch chosen on the hold-out": best.params}
+        results["test"] = {
+            when: [
+                [evaluate(jax.tree.map(lambda leaf, i=i, j=j: leaf[i, j], params), test, config=config) for j in seeds]
+                for i in range(len(names))
+            ]
+            for when, params in tested.items()
+        }
+        results["test"] = {when: np.array(metrics).tolist() for when, metrics in results["test"].items()}
+        rows: list[tuple[str, ...]] = [("arm", "test set at the", "loss", "accuracy")]
+        for i, name in enumerate(names):
+            for when, metrics in results["test"].items():
+                rows.append((name, when, *map(report.mean_and_sd, np.transpose(metrics[i]))))
+        sections.append(report.markdown(rows))
+    print("\n\n".join(sections))
 
-    last_rate = flags.rates[-1]
-    params = runs[last_rate][0].state.params
+    params = jax.tree.map(lambda leaf: leaf[-1, 0], run.state.params)
     log_probs = FashionMLP(config.hidden).apply({"params": params}, jnp.array(test.images[:1]), deterministic=True)
+    curves = report.read_curves(REFERENCE) if flags.reference else {}
+    reference = {name: curves[rate] for name, rate in zip(names, flags.rates, strict=True) if rate in curves}
     figures = {
-        "losses": plot.losses(arms),
+        "losses": plot.losses(arms, reference=reference),
         "prediction": plot.classification(
             test.images[0], np.exp(log_probs[0]), class_names=CLASS_NAMES, label=int(test.labels[0])
         ),
@@ -116,9 +126,12 @@ def main(flags: Flags) -> int:
         png = io.BytesIO()
         figure.savefig(png, format="png", dpi=150)
         files.write_atomically(flags.output / f"{name}.png", png.getvalue())
-    files.write_atomically(flags.output / "history.json", json.dumps(results, indent=1, default=str) + "\n")
-    print(f"pictures and history.json are in {flags.output}")
-    return status
+    summary = {"verdicts": report.verdicts_as_json(verdicts), **results, "arms": report.summaries(arms)}
+    for name, content in (("history", results), ("report", summary)):
+        files.write_atomically(flags.output / f"{name}.json", json.dumps(content, indent=1, default=str) + "\n")
+    files.write_atomically(flags.output / "report.md", "\n\n".join(sections) + "\n")
+    print(f"\npictures, report and history are in {flags.output}")
+    return 0 if complete == flags.epochs else 130
 
 
 if __name__ == "__main__":
@@ -128,3 +141,6 @@ if __name__ == "__main__":
         sys.exit(main(tyro.cli(Flags, description=__doc__)))
     except (ValueError, TypeError, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("stopped before the first epoch ended; nothing was written", file=sys.stderr)
+        sys.exit(130)

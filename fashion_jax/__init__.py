@@ -24,8 +24,10 @@ if TYPE_CHECKING:
     from fashion_jax.data import hold_out as hold_out
     from fashion_jax.data import load as load
     from fashion_jax.data import subset as subset
+    from fashion_jax.evidence import judge as judge
     from fashion_jax.model import Dropout as Dropout
     from fashion_jax.model import FashionMLP as FashionMLP
+    from fashion_jax.sweep import use_all_cores as use_all_cores
     from fashion_jax.train import History as History
     from fashion_jax.train import Metrics as Metrics
     from fashion_jax.train import Run as Run
@@ -46,14 +48,18 @@ __all__ = [
     "TrainState",
     "fit",
     "hold_out",
+    "judge",
     "load",
     "subset",
+    "use_all_cores",
 ]
 
 _ROOMS = {
     "config": ("TrainConfig",),
     "data": ("CLASS_NAMES", "Batch", "Splits", "hold_out", "load", "subset"),
     "model": ("Dropout", "FashionMLP"),
+    "evidence": ("judge",),
+    "sweep": ("use_all_cores",),
     "train": ("History", "Metrics", "Run", "TrainState", "fit"),
 }
 

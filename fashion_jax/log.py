@@ -5,6 +5,7 @@ import sys
 import time
 from typing import TextIO
 
+import numpy as np
 from tqdm.auto import tqdm
 
 from fashion_jax.train import EpochEnd
@@ -13,7 +14,8 @@ from fashion_jax.train import EpochEnd
 class Progress:
     """Show each epoch: a bar on a terminal and in a notebook, one plain line an epoch elsewhere.
 
-    Give it to `fit` as `on_epoch`; one `Progress` may serve several runs, one after the other.
+    Give it to `fit` or `sweep` as `on_epoch`; one `Progress` may serve several runs, one after the other. Of several
+    seeds it shows the mean.
 
     Args:
         epochs: Epochs of all runs together, to tell the time left.
@@ -47,17 +49,22 @@ class Progress:
         """Show one epoch."""
         self._done += 1
         validation = end.history.validation
+        loss, accuracy = _by_rate(end, validation.loss), _by_rate(end, validation.accuracy)
+        rates = " | ".join(f"{rate:g}" for rate in end.dropout_rates)
         if self._bar is not None:
-            self._bar.set_postfix(
-                dropout=f"{end.dropout_rate:g}", loss=f"{validation.loss:.4f}", accuracy=f"{validation.accuracy:.4f}"
-            )
+            self._bar.set_postfix(dropout=rates, loss=loss, accuracy=accuracy)
             self._bar.update()
             return
         left = (time.monotonic() - self._start) / self._done * (self._epochs - self._done)
         print(
-            f"epoch {end.epoch}/{end.epochs}, dropout {end.dropout_rate:g}: "
-            f"training loss {end.history.train.loss:.4f}, validation loss {validation.loss:.4f}, "
-            f"accuracy {validation.accuracy:.4f} ({left:.0f} s left)",
+            f"epoch {end.epoch}/{end.epochs}, dropout {rates}: training loss {_by_rate(end, end.history.train.loss)}, "
+            f"validation loss {loss}, accuracy {accuracy} ({left:.0f} s left)",
             file=self._file,
             flush=True,
         )
+
+
+def _by_rate(end: EpochEnd, leaf) -> str:
+    """Give the mean over seeds for each dropout rate."""
+    means = np.reshape(leaf, (len(end.dropout_rates), -1)).mean(axis=1)
+    return " | ".join(f"{mean:.4f}" for mean in means)

@@ -21,7 +21,7 @@ _CURVES = {
 }
 
 
-def losses(arms: Mapping[str, History]) -> Figure:
+def losses(arms: Mapping[str, History], *, reference: Mapping[str, History] | None = None) -> Figure:
     """Draw the losses of each arm against the epoch, one panel an arm, on one scale.
 
     Lines are means over runs and bands are +- one standard deviation. A dot marks the epoch with the lowest mean
@@ -29,6 +29,8 @@ def losses(arms: Mapping[str, History]) -> Figure:
 
     Args:
         arms: Title and History of each arm; leaves [epochs] for one run or [runs, epochs] for several.
+        reference: Other runs to lay under those of the same title, as thin grey lines: the loss while training and the
+            validation loss.
 
     Returns:
         The figure; the losses are in nats.
@@ -47,6 +49,8 @@ def losses(arms: Mapping[str, History]) -> Figure:
     figure = Figure(figsize=(1 + 4.5 * len(arms), 4.2), layout="constrained")
     panels = figure.subplots(1, len(arms), sharey=True, squeeze=False)[0]
     for axes, (title, history) in zip(panels, arms.items(), strict=True):
+        if reference is not None and title in reference:
+            _thin(axes, reference[title])
         for label, (field, style) in _CURVES.items():
             leaf = getattr(history, field)
             _curve(axes, getattr(leaf, "loss", leaf), label, style)
@@ -156,6 +160,15 @@ def _curve(axes: Axes, values, label: str, style: dict) -> None:
     if len(runs) > 1:
         sd = runs.std(axis=0, ddof=1)
         axes.fill_between(epochs, mean - sd, mean + sd, color=style["color"], alpha=0.25, linewidth=0)
+
+
+def _thin(axes: Axes, history: History) -> None:
+    for i, curves in enumerate((history.running_loss, history.validation.loss)):
+        curves = np.atleast_2d(curves)
+        epochs = np.arange(1, curves.shape[1] + 1)
+        lines = axes.plot(epochs, curves.T, color="#777777", linewidth=0.8, linestyle=":" if i == 0 else "-")
+        if i == 1:
+            lines[0].set_label("PyTorch reference runs")
 
 
 def _mark_best(axes: Axes, mean) -> None:

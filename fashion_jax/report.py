@@ -1,10 +1,11 @@
 """What is written down about runs: the machine, the figures of every epoch, and the table that a person reads."""
 
+import csv
 import dataclasses
 import importlib.metadata
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import jax
 import numpy as np
 
 from fashion_jax.config import TrainConfig
-from fashion_jax.train import History
+from fashion_jax.evidence import Verdict, summarise
+from fashion_jax.train import History, Metrics
 
 
 def environment() -> dict[str, Any]:
@@ -65,6 +67,24 @@ def as_json(arms: Mapping[str, History], *, seeds: list[int], config: TrainConfi
     }
 
 
+def summaries(arms: Mapping[str, History]) -> dict[str, Any]:
+    """Give each arm's `evidence.summarise` as plain JSON values, one number a run.
+
+    Args:
+        arms: Title and History of each arm; leaves [runs, epochs].
+
+    >>> from fashion_jax.train import Metrics
+    >>> curve = np.array([[0.5, 0.25]])
+    >>> arms = {"no dropout": History(curve, Metrics(curve, curve), Metrics(curve, curve))}
+    >>> summaries(arms)["no dropout"]["best_epoch"]
+    [2]
+    """
+    return {
+        title: {name: leaf.tolist() for name, leaf in summarise(history)._asdict().items()}
+        for title, history in arms.items()
+    }
+
+
 def table(arms: Mapping[str, History]) -> str:
     """Lay out each arm's figures at its last and at its best epoch, as mean +- standard deviation over runs.
 
@@ -87,17 +107,91 @@ def table(arms: Mapping[str, History]) -> str:
     heading = ("arm", "epoch", "running training loss", "fair training loss", "validation loss", "accuracy")
     rows: list[tuple[str, ...]] = [heading]
     for title, history in arms.items():
-        leaves = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(history)]
-        running, train_loss, _, validation_loss, accuracy = leaves
+        running, training = np.asarray(history.running_loss, np.float64), np.asarray(history.train.loss, np.float64)
+        loss, accuracy = (np.asarray(leaf, np.float64) for leaf in history.validation)
         runs, epochs = running.shape
-        best = validation_loss.argmin(axis=1)
-        for name, epoch in (("last", np.full(runs, epochs - 1)), ("best", best)):
-            spread = f"{epoch.min() + 1}" if epoch.min() == epoch.max() else f"{epoch.min() + 1}-{epoch.max() + 1}"
-            figures = [
-                mean_and_sd(leaf[np.arange(runs), epoch]) for leaf in (running, train_loss, validation_loss, accuracy)
-            ]
+        for name, epoch in (("last", np.full(runs, epochs)), ("best", summarise(history).best_epoch)):
+            spread = f"{epoch.min()}" if epoch.min() == epoch.max() else f"{epoch.min()}-{epoch.max()}"
+            at = (np.arange(runs), epoch - 1)
+            figures = [mean_and_sd(leaf[at]) for leaf in (running, training, loss, accuracy)]
             rows.append((title, f"{name}: {spread}", *figures))
     return markdown(rows)
+
+
+def verdicts(judged: Sequence[Verdict]) -> str:
+    """Lay out verdicts as a Markdown table: claim, answer, and the number with its 95% interval.
+
+    >>> from fashion_jax.evidence import Interval
+    >>> print(verdicts([Verdict("it helps", "undecided", "loss", Interval(0.1, -0.1, 0.3, 0.5, 2), "weak: 2 seeds")]))
+    | claim    | answer                    | measured (mean, 95% interval)    |
+    |----------|---------------------------|----------------------------------|
+    | it helps | undecided (weak: 2 seeds) | loss: +0.1000 [-0.1000, +0.3000] |
+    """
+    rows: list[tuple[str, ...]] = [("claim", "answer", "measured (mean, 95% interval)")]
+    for verdict in judged:
+        answer = verdict.answer + (f" ({verdict.note})" if verdict.note else "")
+        rows.append((verdict.claim, answer, f"{verdict.quantity}: {verdict.interval}"))
+    return markdown(rows)
+
+
+def verdicts_as_json(judged: Sequence[Verdict]) -> list[dict[str, Any]]:
+    """Give verdicts as plain JSON values; a bound that does not exist is null.
+
+    >>> from fashion_jax.evidence import Interval
+    >>> nan = float("nan")
+    >>> verdicts_as_json([Verdict("it helps", "undecided", "loss", Interval(0.1, nan, nan, nan, 1), "")])[0]["interval"]
+    {'mean': 0.1, 'low': None, 'high': None, 'effect_size': None, 'n': 1}
+    """
+    return [
+        verdict._asdict()
+        | {
+            "interval": {
+                name: value if np.isfinite(value) else None for name, value in verdict.interval._asdict().items()
+            }
+        }
+        for verdict in judged
+    ]
+
+
+def read_curves(path: str | os.PathLike) -> dict[float, History]:
+    """Read reference curves: one row a run, dropout rate and epoch.
+
+    Args:
+        path: A CSV file with the columns run, dropout_rate, epoch, running_train_loss, test_loss, test_accuracy.
+
+    Returns:
+        For each rate a History with leaves [runs, epochs]; the fair training curve, which nobody measured, is NaN.
+
+    Raises:
+        ValueError: A column is missing, or runs have different epochs.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "curves.csv"
+    >>> columns = "run,dropout_rate,epoch,running_train_loss,test_loss,test_accuracy"
+    >>> _ = path.write_text(columns + "\\na,0.2,1,0.6,0.5,0.8\\na,0.2,2,0.5,0.4,0.9\\n")
+    >>> read_curves(path)[0.2].running_loss.tolist()
+    [[0.6, 0.5]]
+    """
+    with Path(path).open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    columns = ("running_train_loss", "test_loss", "test_accuracy")
+    missing = {"run", "dropout_rate", "epoch", *columns} - set(rows[0] if rows else ())
+    if missing:
+        raise ValueError(f"{path} lacks the columns {', '.join(sorted(missing))}")
+    arms: dict[float, History] = {}
+    for rate in sorted({float(row["dropout_rate"]) for row in rows}):
+        here = [row for row in rows if float(row["dropout_rate"]) == rate]
+        runs = [[row for row in here if row["run"] == run] for run in dict.fromkeys(row["run"] for row in here)]
+        if len({len(run) for run in runs}) > 1:
+            raise ValueError(f"{path}: the runs at dropout rate {rate:g} have different numbers of epochs")
+        for run in runs:
+            run.sort(key=lambda row: int(row["epoch"]))
+        running, loss, accuracy = (
+            np.array([[float(row[column]) for row in run] for run in runs]) for column in columns
+        )
+        unknown = np.full_like(running, np.nan)
+        arms[rate] = History(running, Metrics(unknown, unknown), Metrics(loss, accuracy))
+    return arms
 
 
 def mean_and_sd(values) -> str:

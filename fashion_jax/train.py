@@ -70,21 +70,61 @@ class Run(NamedTuple):
 
 
 class EpochEnd(NamedTuple):
-    """What `fit` hands to `on_epoch`.
+    """What `fit` and `sweep` hand to `on_epoch`.
 
     Attributes:
         epoch: Number of the epoch that has ended, from 1.
         epochs: Number of epochs that were asked for.
-        dropout_rate: The run's dropout rate.
-        history: What was measured; leaves are NumPy arrays without axes.
-        state: The state after the epoch.
+        dropout_rates: The rates that are trained; `fit` has one.
+        history: What was measured; leaves are NumPy arrays, without axes from `fit`, [rates, seeds] from `sweep`.
+        fetch_state: Brings the state after the epoch, with the same axes in front. From `sweep` it is on the host; of
+            several processes all have to call it.
     """
 
     epoch: int
     epochs: int
-    dropout_rate: float
+    dropout_rates: tuple[float, ...]
     history: History
-    state: TrainState
+    fetch_state: Callable[[], TrainState]
+
+
+OnEpoch = Callable[[EpochEnd], object]
+
+
+class BestParams:
+    """Keep each run's parameters from the epoch with its lowest validation loss: what early stopping returns.
+
+    Give it to `fit` or `sweep` as `on_epoch`.
+
+    Attributes:
+        params: The kept parameters, with the axes of the runs in front; NumPy arrays.
+
+    >>> best = BestParams()
+    >>> data = Batch(np.zeros((100, 28, 28), np.uint8), np.arange(100, dtype=np.int32) % 10)
+    >>> run = fit(data, data, key=jax.random.key(0), epochs=3, on_epoch=best)
+    >>> loss = evaluate(best.params, data, config=TrainConfig()).loss
+    >>> bool(np.isclose(loss, run.history.validation.loss.min()))
+    True
+    """
+
+    def __init__(self):
+        self.params: Params = {}
+        self._loss: np.ndarray | None = None
+
+    def __call__(self, end: EpochEnd) -> None:
+        """Keep the parameters of the runs that are better than ever."""
+        loss = np.asarray(end.history.validation.loss)
+        params = jax.device_get(end.fetch_state().params)
+        if self._loss is None or loss.shape != self._loss.shape or end.epoch == 1:
+            self._loss, self.params = np.array(loss), params
+            return
+        better = loss < self._loss
+
+        def choose(new, old):
+            return np.where(better.reshape(better.shape + (1,) * (new.ndim - better.ndim)), new, old)
+
+        self.params = jax.tree.map(choose, params, self.params)
+        self._loss = np.where(better, loss, self._loss)
 
 
 class RunKeys(NamedTuple):
@@ -325,7 +365,7 @@ def fit(
     config: TrainConfig = TrainConfig(),
     dropout_rate: float = 0.0,
     epochs: int = 30,
-    on_epoch: Callable[[EpochEnd], object] | None = None,
+    on_epoch: OnEpoch | None = None,
 ) -> Run:
     """Train one network and measure it after every epoch.
 
@@ -342,7 +382,8 @@ def fit(
         on_epoch: Called after each epoch with an `EpochEnd`.
 
     Returns:
-        The final state, and a History of NumPy arrays [epochs].
+        The final state, and a History of NumPy arrays [epochs]. Ctrl-C ends the run after the last complete epoch: the
+        History is then shorter than was asked for.
 
     Raises:
         TypeError: An argument has the wrong type or dtype.
@@ -355,24 +396,58 @@ def fit(
     """
     _check_key(key)
     check_rate(dropout_rate)
+    train_eval = train_eval_part(train, config)
+    check_batch(validation, "validation")
+    data = jax.tree.map(jnp.array, (train, train_eval, validation))
+
+    def epoch(state):
+        state, history = train_and_evaluate_epoch(state, *data, key, config=config, dropout_rate=dropout_rate)
+        return state, jax.device_get(history)
+
+    start = init_state(key, config=config)
+    return run_epochs(epoch, start, epochs=epochs, dropout_rates=(float(dropout_rate),), on_epoch=on_epoch)
+
+
+def run_epochs(
+    epoch: Callable[[TrainState], tuple[TrainState, History]],
+    state: TrainState,
+    *,
+    epochs: int,
+    dropout_rates: tuple[float, ...],
+    on_epoch: OnEpoch | None,
+) -> Run:
+    """Run epochs in turn, report each, and collect what they measured.
+
+    Args:
+        epoch: Takes the state to the next one, and measures it; the measures are on the host.
+        state: Where to start.
+        epochs: How many, at least 1.
+        dropout_rates: For the reports.
+        on_epoch: Receives the reports.
+
+    Returns:
+        The state after the last complete epoch, and its History with a last axis [epochs]. Ctrl-C ends the run early.
+
+    Raises:
+        TypeError: `epochs` is not an int.
+        ValueError: `epochs` is below 1.
+        KeyboardInterrupt: Not even one epoch was complete.
+    """
     if not isinstance(epochs, int) or isinstance(epochs, bool):
         raise TypeError(f"epochs must be an int, got {epochs!r}")
     if epochs < 1:
         raise ValueError(f"epochs must be at least 1, got {epochs}")
-    train_eval = train_eval_part(train, config)
-    check_batch(validation, "validation")
-    train, train_eval, validation = jax.tree.map(jnp.array, (train, train_eval, validation))
-
-    state = init_state(key, config=config)
-    rows = []
-    for epoch in range(1, epochs + 1):
-        state, measured = train_and_evaluate_epoch(
-            state, train, train_eval, validation, key, config=config, dropout_rate=dropout_rate
-        )
-        rows.append(jax.device_get(measured))
-        if on_epoch is not None:
-            on_epoch(EpochEnd(epoch, epochs, float(dropout_rate), rows[-1], state))
-    return Run(state, jax.tree.map(lambda *leaves: np.stack(leaves), *rows))
+    rows: list[History] = []
+    try:
+        while len(rows) < epochs:
+            after, measured = epoch(state)
+            state, rows = after, [*rows, measured]
+            if on_epoch is not None:
+                on_epoch(EpochEnd(len(rows), epochs, dropout_rates, measured, functools.partial(_same, state)))
+    except KeyboardInterrupt:
+        if not rows:
+            raise
+    return Run(state, jax.tree.map(lambda *leaves: np.stack(leaves, axis=-1), *rows))
 
 
 def train_eval_part(train: Batch, config: TrainConfig) -> Batch:
@@ -391,6 +466,10 @@ def train_eval_part(train: Batch, config: TrainConfig) -> Batch:
     if size is None or size >= len(train.labels):
         return train
     return subset(train, size, key=jax.random.key(0))
+
+
+def _same(state: TrainState) -> TrainState:
+    return state
 
 
 def _optimiser(config: TrainConfig) -> optax.GradientTransformation:

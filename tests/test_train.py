@@ -238,16 +238,16 @@ def test_history_holds_what_was_measured(small, splits):
     config = TrainConfig(train_eval_size=100)
     run = fit(small, validation, key=KEY, config=config, dropout_rate=0.2, epochs=2, on_epoch=rows.append)
     assert all(leaf.shape == (2,) for leaf in jax.tree.leaves(run.history))
-    assert [(row.epoch, row.epochs, row.dropout_rate) for row in rows] == [(1, 2, 0.2), (2, 2, 0.2)]
+    assert [(row.epoch, row.epochs, row.dropout_rates) for row in rows] == [(1, 2, (0.2,)), (2, 2, (0.2,))]
     for i, row in enumerate(rows):
         assert_trees_equal(row.history, jax.tree.map(lambda leaf, i=i: leaf[i], run.history))
         part = to_device(train.train_eval_part(small, config))
         assert len(part.labels) == 100
-        expected = evaluate(row.state.params, part, config=config)
+        expected = evaluate(row.fetch_state().params, part, config=config)
         assert row.history.train.loss == pytest.approx(float(expected.loss), rel=1e-6)
-        expected = evaluate(row.state.params, to_device(validation), config=config)
+        expected = evaluate(row.fetch_state().params, to_device(validation), config=config)
         assert row.history.validation.loss == pytest.approx(float(expected.loss), rel=1e-6)
-    assert_trees_equal(rows[-1].state, run.state)
+    assert_trees_equal(rows[-1].fetch_state(), run.state)
 
 
 def test_the_fair_training_loss_may_use_all_examples(small):

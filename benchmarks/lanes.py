@@ -1,0 +1,104 @@
+"""What does a model cost when many train as one program? Sweeps of several sizes against `fit` and against PyTorch."""
+
+import dataclasses
+import os
+import resource
+import time
+from pathlib import Path
+from typing import Annotated, Literal
+
+import jax
+import torch
+import tyro
+
+from benchmarks import harness
+from benchmarks.reference import FastLoop
+from fashion_jax import TrainConfig, fit, load
+from fashion_jax.sweep import sweep, use_all_cores
+from fashion_jax.train import train_eval_part
+
+RATES = (0.0, 0.2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    device: Literal["cpu", "gpu"] = "cpu"
+    """Where both sides run."""
+    lanes: tuple[int, ...] = (2, 16)
+    """Lanes of each sweep, even numbers: half of them without dropout, half with 0.2."""
+    repetitions: int = 3
+    """Timed epochs of each program, in turns; each run starts with an epoch that is not timed."""
+    data_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Directory with the data set."""
+    output: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Folder for the record; by default benchmarks/records/<date>-<device>."""
+
+
+def main(flags: Flags) -> None:
+    if flags.device == "cpu":
+        jax.config.update("jax_platforms", "cpu")
+        use_all_cores()
+    train, test = load(flags.data_dir)
+    train_eval = train_eval_part(train, TrainConfig())
+    clock: list[float] = []
+
+    def tick(_):
+        clock.append(time.perf_counter())
+
+    def second_epoch(train_two_epochs) -> float:
+        clock.clear()
+        train_two_epochs()
+        return clock[1] - clock[0]
+
+    def alone() -> float:
+        return second_epoch(lambda: fit(train, test, key=jax.random.key(0), dropout_rate=0.2, epochs=2, on_epoch=tick))
+
+    def together(lanes: int) -> float:
+        seeds = range(lanes // 2)
+        run = {"seeds": seeds, "dropout_rates": RATES, "epochs": 2, "on_epoch": tick}
+        return second_epoch(lambda: sweep(train, test, **run)) / lanes
+
+    loop = FastLoop(train, dropout_rate=0.2, device="cuda" if flags.device == "gpu" else "cpu")
+
+    def by_torch() -> float:
+        start = time.perf_counter()
+        loop.epoch()
+        for part in (train_eval, test):
+            loop.evaluate(part)
+        return time.perf_counter() - start
+
+    programs = {"PyTorch, in memory, fused Adam": by_torch, "fit": alone}
+    programs |= {f"sweep, {lanes} lanes": lambda lanes=lanes: together(lanes) for lanes in flags.lanes}
+    memory = {}
+    for name, program in programs.items():
+        program()
+        memory[name] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    seconds: dict[str, list[float]] = {name: [] for name in programs}
+    for _ in range(flags.repetitions):
+        for name, program in programs.items():
+            seconds[name].append(program())
+
+    rows: list[harness.Row] = []
+    for name, runs in seconds.items():
+        ratios = {
+            f"/ {other}": harness.statistics.median(a / b for a, b in zip(runs, seconds[other], strict=True))
+            for other in ("fit", "PyTorch, in memory, fused Adam")
+        }
+        rows.append(
+            {
+                "program": name,
+                **harness.spread(runs),
+                "models x images/s": len(train.labels) / harness.spread(runs)["median (s)"],
+                **ratios,
+                "peak memory so far (MiB)": memory[name],
+            }
+        )
+    figure = harness.bars(
+        rows, label="program", value="median (s)", low="min (s)", high="max (s)", unit="seconds per model and epoch"
+    )
+    harness.write("lanes", rows, flags=flags, output=flags.output, figure=figure, jax_devices=jax.device_count())
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    main(tyro.cli(Flags, description=__doc__))

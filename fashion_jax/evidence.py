@@ -1,0 +1,291 @@
+"""The statistics: from Histories to numbers, and from numbers to verdicts on the tutorial's claims.
+
+Pure functions. Seeds are the repetitions: within a seed all arms share initial weights, batch order and dropout draws,
+so arms are compared by paired differences.
+"""
+
+from typing import Literal, NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+from scipy import stats
+
+from fashion_jax.train import History
+
+LEVEL = 0.95
+# A rise or a gap below a twentieth of the losses at hand is called none.
+SMALL_LOSS = 0.02
+# Fewer seeds than this give intervals that mean little: with two, Student's t multiplies the standard error by 12.7.
+FEW_SEEDS = 4
+
+Answer = Literal["supported", "refuted", "undecided"]
+
+
+class Summary(NamedTuple):
+    """What one run says, or many: every leaf has the History's axes without the last.
+
+    Attributes:
+        best_epoch: Epoch with the lowest validation loss, from 1.
+        best_loss: Validation loss there, in nats. It is the smallest of many noisy numbers, so it flatters; see
+            `late_rises` for a rise that does not.
+        final_loss: Validation loss after the last epoch.
+        late_rise: `final_loss` minus `best_loss`.
+        fair_gap: Validation loss minus training loss after the last epoch, both with dropout off.
+        best_accuracy: Validation accuracy at the best epoch.
+        final_accuracy: Validation accuracy after the last epoch.
+    """
+
+    best_epoch: Int[np.ndarray, "*runs"]
+    best_loss: Float[np.ndarray, "*runs"]
+    final_loss: Float[np.ndarray, "*runs"]
+    late_rise: Float[np.ndarray, "*runs"]
+    fair_gap: Float[np.ndarray, "*runs"]
+    best_accuracy: Float[np.ndarray, "*runs"]
+    final_accuracy: Float[np.ndarray, "*runs"]
+
+
+class Interval(NamedTuple):
+    """A mean over n seeds with its 95% confidence interval; the bounds are NaN for one seed.
+
+    Attributes:
+        mean: Mean over seeds.
+        low: Lower bound.
+        high: Upper bound.
+        effect_size: Mean in units of the standard deviation over seeds (Cohen's d for paired differences).
+        n: Number of seeds.
+    """
+
+    mean: float
+    low: float
+    high: float
+    effect_size: float
+    n: int
+
+    def __str__(self) -> str:
+        if self.n == 1:
+            return f"{self.mean:+.4f} (one seed, no interval)"
+        return f"{self.mean:+.4f} [{self.low:+.4f}, {self.high:+.4f}]"
+
+
+class Verdict(NamedTuple):
+    """A claim, the numbers that bear on it, and what they allow to say.
+
+    Attributes:
+        claim: What is claimed.
+        answer: "supported", "refuted" or "undecided".
+        quantity: What was measured.
+        interval: The measured mean with its interval.
+        note: How weak the evidence is, if it is.
+    """
+
+    claim: str
+    answer: Answer
+    quantity: str
+    interval: Interval
+    note: str
+
+
+def summarise(history: History) -> Summary:
+    """Reduce each run to a few numbers.
+
+    Args:
+        history: Leaves [..., epochs].
+
+    >>> from fashion_jax.train import Metrics
+    >>> curve = np.array([0.5, 0.4, 0.45])
+    >>> summary = summarise(History(curve, Metrics(curve - 0.1, curve), Metrics(curve, 1 - curve)))
+    >>> int(summary.best_epoch), float(summary.late_rise.round(3)), float(summary.fair_gap.round(3))
+    (2, 0.05, 0.1)
+    """
+    loss = np.asarray(history.validation.loss, np.float64)
+    accuracy = np.asarray(history.validation.accuracy, np.float64)
+    training_loss = np.asarray(history.train.loss, np.float64)
+    best = loss.argmin(axis=-1)
+    best_loss, best_accuracy = _at(loss, best), _at(accuracy, best)
+    final_loss = np.asarray(loss[..., -1])
+    return Summary(
+        np.asarray(best + 1),
+        best_loss,
+        final_loss,
+        np.asarray(final_loss - best_loss),
+        np.asarray(final_loss - training_loss[..., -1]),
+        best_accuracy,
+        np.asarray(accuracy[..., -1]),
+    )
+
+
+def interval(values: Float[np.ndarray, " seeds"]) -> Interval:
+    """Give the mean over seeds and its 95% interval.
+
+    Args:
+        values: One number a seed.
+
+    Raises:
+        ValueError: There is no seed.
+
+    Source: Student's t, as `scipy.stats.ttest_1samp` has it.
+
+    >>> print(interval(np.array([1.0, 2.0, 3.0])))
+    +2.0000 [-0.4841, +4.4841]
+    """
+    values = np.asarray(values, np.float64)
+    if values.ndim != 1 or not len(values):
+        raise ValueError(f"values must have shape [seeds] with at least one seed, got {list(values.shape)}")
+    mean, n = float(values.mean()), len(values)
+    if n == 1:
+        return Interval(mean, np.nan, np.nan, np.nan, 1)
+    sd = float(values.std(ddof=1))
+    if sd <= 1e-12 * abs(mean):
+        return Interval(mean, mean, mean, np.copysign(np.inf, mean) if mean else 0.0, n)
+    low, high = stats.ttest_1samp(values, 0.0).confidence_interval(LEVEL)
+    return Interval(mean, float(low), float(high), mean / sd, n)
+
+
+def paired(first: Float[np.ndarray, " seeds"], second: Float[np.ndarray, " seeds"]) -> Interval:
+    """Compare two arms that share their seeds: the interval of `first - second`.
+
+    Args:
+        first: One number a seed.
+        second: The same seeds in the other arm.
+
+    Raises:
+        ValueError: The arms differ in their number of seeds.
+
+    >>> paired(np.array([0.38, 0.37]), np.array([0.42, 0.43])).mean.__round__(3)
+    -0.05
+    """
+    first, second = np.asarray(first), np.asarray(second)
+    if first.shape != second.shape:
+        raise ValueError(f"paired arms must have the same seeds, got {list(first.shape)} and {list(second.shape)}")
+    return interval(first - second)
+
+
+def best_epochs(loss: Float[np.ndarray, "seeds epochs"]) -> Int[np.ndarray, " seeds"]:
+    """Choose for each seed the epoch at which the mean loss of all the other seeds is lowest, from 0.
+
+    A run's own lowest loss is lowest partly by luck. An epoch that other runs chose carries none of that run's luck.
+
+    Args:
+        loss: One curve a seed, at least two.
+
+    >>> best_epochs(np.array([[3.0, 1.0, 2.0], [3.0, 2.0, 1.0]])).tolist()
+    [2, 1]
+    """
+    loss = np.asarray(loss, np.float64)
+    return (loss.sum(axis=0) - loss).argmin(axis=1)
+
+
+def late_rises(loss: Float[np.ndarray, "seeds epochs"]) -> Float[np.ndarray, " seeds"]:
+    """Tell how much higher each run's last loss is than its loss at the epoch that the other runs chose.
+
+    Unlike the end minus the minimum this can be negative, and is 0 on average for a flat noisy curve.
+
+    Args:
+        loss: One curve a seed. A single seed can choose for itself alone.
+
+    >>> late_rises(np.array([[3.0, 1.0, 2.0], [3.0, 2.0, 1.5]])).tolist()
+    [0.0, -0.5]
+    """
+    loss = np.asarray(loss, np.float64)
+    epochs = best_epochs(loss) if len(loss) > 1 else loss.argmin(axis=1)
+    return loss[:, -1] - _at(loss, epochs)
+
+
+def judge(plain: History, dropout: History) -> list[Verdict]:
+    """Check the tutorial's claims against runs without and with dropout.
+
+    A claim is supported or refuted when the whole 95% interval lies on one side, and undecided otherwise. One seed
+    decides nothing.
+
+    Args:
+        plain: Runs without dropout; leaves [seeds, epochs].
+        dropout: Runs with dropout, of the same seeds.
+
+    Returns:
+        One verdict a claim.
+
+    Raises:
+        ValueError: Leaves have other axes, or the arms do not share their seeds.
+
+    >>> from fashion_jax.train import Metrics
+    >>> up, flat = np.array([[0.4, 0.5], [0.4, 0.51]]), np.array([[0.4, 0.4], [0.41, 0.4]])
+    >>> arms = [History(loss, Metrics(loss, 1 - loss), Metrics(loss, 1 - loss)) for loss in (up, flat)]
+    >>> judge(*arms)[0].answer
+    'supported'
+    """
+    losses = [np.asarray(history.validation.loss, np.float64) for history in (plain, dropout)]
+    if losses[0].ndim != 2 or losses[0].shape != losses[1].shape:
+        raise ValueError(
+            f"both arms must have leaves [seeds, epochs] of the same seeds, got {[list(loss.shape) for loss in losses]}"
+        )
+    without, with_dropout = summarise(plain), summarise(dropout)
+    rises = [interval(late_rises(loss)) for loss in losses]
+    gap = interval(with_dropout.fair_gap)
+    chosen = [_at(loss, best_epochs(loss) if len(loss) > 1 else loss.argmin(axis=1)) for loss in losses]
+    early = losses[0].mean(axis=0).argmin() + 1 <= losses[0].shape[1] / 2
+
+    rise = f"rise from the best epoch to the last, above {SMALL_LOSS}"
+    turned = _above(rises[0], SMALL_LOSS)
+    return [
+        _verdict(
+            "without dropout the validation loss turns early and rises",
+            turned if early or turned != "supported" else "undecided",
+            rise,
+            rises[0],
+        ),
+        _verdict("with dropout it does not", _opposite(_above(rises[1], SMALL_LOSS)), rise, rises[1]),
+        _verdict(
+            "dropout narrows the gap",
+            _above(narrowed := paired(without.fair_gap, with_dropout.fair_gap), 0.0),
+            "fair gap, without minus with",
+            narrowed,
+        ),
+        _verdict(
+            "dropout closes the gap",
+            _opposite(_above(gap, SMALL_LOSS)),
+            f"fair gap with dropout, below {SMALL_LOSS}",
+            gap,
+        ),
+        _verdict(
+            "dropout lowers the final validation loss",
+            _opposite(_above(loss := paired(with_dropout.final_loss, without.final_loss), 0.0)),
+            "final loss, with minus without",
+            loss,
+        ),
+        _verdict(
+            "dropout lowers the validation loss more than stopping early does",
+            _opposite(_above(stopped := paired(chosen[1], chosen[0]), 0.0)),
+            "loss at the best epoch, with minus without",
+            stopped,
+        ),
+        _verdict(
+            "dropout raises accuracy",
+            _above(accuracy := paired(with_dropout.final_accuracy, without.final_accuracy), 0.0),
+            "final accuracy, with minus without",
+            accuracy,
+        ),
+    ]
+
+
+def _at(curves, epochs):
+    return np.asarray(np.take_along_axis(curves, np.asarray(epochs)[..., None], axis=-1)[..., 0])
+
+
+def _above(measured: Interval, threshold: float) -> Answer:
+    if measured.low > threshold:
+        return "supported"
+    return "refuted" if measured.high < threshold else "undecided"
+
+
+def _opposite(answer: Answer) -> Answer:
+    opposites: dict[Answer, Answer] = {"supported": "refuted", "refuted": "supported", "undecided": "undecided"}
+    return opposites[answer]
+
+
+def _verdict(claim: str, answer: Answer, quantity: str, measured: Interval) -> Verdict:
+    note = ""
+    if measured.n == 1:
+        note = "one seed decides nothing"
+    elif measured.n < FEW_SEEDS:
+        note = f"weak: {measured.n} seeds"
+    return Verdict(claim, answer, quantity, measured, note)

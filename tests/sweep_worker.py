@@ -1,0 +1,38 @@
+"""One process of a sweep on forced CPU devices; `test_sweep.py` starts one or several.
+
+Usage: sweep_worker.py DEVICES OUTPUT [COORDINATOR PROCESSES PROCESS]
+"""
+
+import os
+import signal
+import sys
+
+import jax
+import numpy as np
+
+from fashion_jax import data
+from fashion_jax.sweep import join_machines, sweep
+
+SEEDS, RATES, EPOCHS = (0, 3, 4), (0.0, 0.5), 2
+
+
+def main(devices: str, output: str, *machines: str) -> None:
+    jax.config.update("jax_num_cpu_devices", int(devices))
+    if machines:
+        coordinator, processes, process = machines
+        join_machines(coordinator, int(processes), int(process))
+    train, test = data.load()
+    train, validation = (data.subset(part, 1_000, key=jax.random.key(7)) for part in (train, test))
+
+    def on_epoch(end):
+        if end.epoch == 1 and os.environ.get("DIE") == str(jax.process_index()):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    run = sweep(train, validation, seeds=SEEDS, dropout_rates=RATES, epochs=EPOCHS, on_epoch=on_epoch)
+    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves((run.history, run.state.params))]
+    np.savez(output, *leaves)
+    print(f"{jax.process_count()} processes, {jax.device_count()} devices", flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
