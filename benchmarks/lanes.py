@@ -26,7 +26,7 @@ class Flags:
     """Where both sides run."""
     lanes: tuple[int, ...] = (2, 16)
     """Lanes of each sweep, even numbers: half of them without dropout, half with 0.2."""
-    repetitions: int = 3
+    repetitions: int = 5
     """Timed epochs of each program, in turns; each run starts with an epoch that is not timed."""
     data_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Directory with the data set."""

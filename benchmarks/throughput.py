@@ -37,9 +37,9 @@ AGREEMENT = 0.03
 class Flags:
     device: Literal["cpu", "gpu"] = "cpu"
     """Where both sides run."""
-    batch_sizes: tuple[int, ...] = (64, 512, 4096)
+    batch_sizes: tuple[int, ...] = (64, 4096)
     """Examples in a step."""
-    repetitions: int = 5
+    repetitions: int = 4
     """Timed epochs of each program, in turns, after one that is not timed."""
     tutorial: bool = True
     """Time the tutorial's own loop as well; it is slow."""
