@@ -8,10 +8,12 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Array, Float, UInt8
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from fashion_jax.evidence import Summary
 from fashion_jax.train import History
 
 _CURVES = {
@@ -147,6 +149,72 @@ def image_sheet(images: UInt8[Array | np.ndarray, "n height width"], *, columns:
     axes = figure.add_axes((0, 0, 1, 1))
     axes.imshow(sheet, cmap="gray", vmin=0, vmax=255)
     axes.set_axis_off()
+    return figure
+
+
+def study(summary: Summary, *, dropout_rates: Sequence[float], sizes: Sequence[int]) -> Figure:
+    """Draw what rates do at several training-set sizes: final loss, gap and accuracy against the rate, and a map.
+
+    Lines are means over seeds and bands are +- one standard deviation, one line a size. The map's cells tell how far a
+    rate's final loss lies above the lowest of its size, which a star marks.
+
+    Args:
+        summary: From `evidence.summarise`; leaves [sizes, rates, seeds].
+        dropout_rates: The rates.
+        sizes: Numbers of training examples.
+
+    Raises:
+        ValueError: A leaf has other axes.
+
+    >>> from fashion_jax.evidence import summarise
+    >>> from fashion_jax.train import Metrics
+    >>> curves = np.linspace(0.4, 0.5, 12).reshape(2, 3, 1, 2)
+    >>> summary = summarise(History(curves, Metrics(curves, curves), Metrics(curves, curves)))
+    >>> len(study(summary, dropout_rates=[0.0, 0.2, 0.5], sizes=[1000, 5000]).axes)
+    5
+    """
+    shape = (len(sizes), len(dropout_rates))
+    if summary.final_loss.ndim != 3 or summary.final_loss.shape[:2] != shape:
+        raise ValueError(
+            f"the summary's leaves must have axes [sizes, rates, seeds] = {[*shape, 'any']}, "
+            f"got {list(summary.final_loss.shape)}"
+        )
+    figure = Figure(figsize=(11, 7.5), layout="constrained")
+    panels = figure.subplots(2, 2).flat
+    quantities = {
+        "final validation loss (nats)": summary.final_loss,
+        "fair gap (nats)": summary.fair_gap,
+        "final validation accuracy": summary.final_accuracy,
+    }
+    for label, values in quantities.items():
+        axes = next(panels)
+        for i, size in enumerate(sizes):
+            # From light and small to dark and large, so that the order survives grey printing.
+            colour = colormaps["viridis_r"](0.1 + 0.9 * i / max(1, len(sizes) - 1))
+            mean = values[i].mean(axis=1)
+            axes.plot(dropout_rates, mean, color=colour, marker="osD^vP"[i % 6], markersize=4, label=f"{size:,} images")
+            if values.shape[2] > 1:
+                sd = values[i].std(axis=1, ddof=1)
+                axes.fill_between(dropout_rates, mean - sd, mean + sd, color=colour, alpha=0.2, linewidth=0)
+        axes.set_xlabel("dropout rate")
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.3)
+    figure.axes[0].legend(fontsize=8)
+
+    axes = next(panels)
+    loss = summary.final_loss.mean(axis=2)
+    above = loss - loss.min(axis=1, keepdims=True)
+    cells = axes.imshow(above, cmap="Blues", aspect="auto", vmin=0)
+    for i, j in np.ndindex(above.shape):
+        dark = above[i, j] > 0.6 * above.max()
+        text = "★" if j == loss[i].argmin() else f"+{above[i, j]:.2f}"
+        axes.text(j, i, text, ha="center", va="center", fontsize=9, color="white" if dark else "black")
+    axes.set_xticks(range(len(dropout_rates)), labels=[f"{rate:g}" for rate in dropout_rates])
+    axes.set_yticks(range(len(sizes)), labels=[f"{size:,}" for size in sizes])
+    axes.set_xlabel("dropout rate")
+    axes.set_ylabel("training images")
+    axes.set_title("★ lowest final loss of its size", fontsize=10)
+    figure.colorbar(cells, ax=axes, label="above the lowest (nats)")
     return figure
 
 

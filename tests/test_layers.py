@@ -18,7 +18,7 @@ ALLOWED = {
     "files": set(),
     "log": {"train"},
     "model": {"threefry"},
-    "plot": {"train"},
+    "plot": {"evidence", "train"},
     "report": {"config", "evidence", "train"},
     "sweep": {"config", "data", "model", "train"},
     "threefry": set(),

@@ -12,13 +12,15 @@ import jax
 import numpy as np
 import pytest
 
-from fashion_jax import History, Metrics, TrainConfig, plot, report
+from fashion_jax import History, Metrics, TrainConfig, evidence, plot, report
 from fashion_jax.config import TrainConfig as Config
 from fashion_jax.files import write_atomically
 from fashion_jax.log import Progress
 from fashion_jax.train import EpochEnd, init_state
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "compare_overfit.py"
+EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLE = EXAMPLES / "compare_overfit.py"
+REFERENCE = Path(__file__).parent / "reference" / "pytorch_curves.csv"
 
 
 def history(runs=3, epochs=5) -> History:
@@ -208,9 +210,9 @@ def test_files_are_replaced_as_a_whole(tmp_path):
     assert path.stat().st_mode == other.stat().st_mode
 
 
-def run_example(*flags, **options):
-    command = [sys.executable, str(EXAMPLE), *map(str, flags)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, **options)
+def run_example(*flags, example=EXAMPLE.name):
+    command = [sys.executable, str(EXAMPLES / example), *map(str, flags)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def test_the_example_compares_both_arms_on_the_real_data(tmp_path):
@@ -219,30 +221,37 @@ def test_the_example_compares_both_arms_on_the_real_data(tmp_path):
     cells = [[cell.strip() for cell in line.split("|")] for line in result.stdout.splitlines()]
     assert [row[1:2] for row in cells[2:6]] == [["no dropout"], ["no dropout"], ["dropout 0.2"], ["dropout 0.2"]]
     assert cells[2][2] == "last: 2"
-    assert result.stderr.count("epoch ") == 8
-    names = ["history.json", "losses.png", "prediction.png", "samples.png"]
+    assert result.stderr.count("epoch ") == 2
+    assert "dropout raises accuracy" in result.stdout
+    assert "weak: 2 seeds" in result.stdout
+    names = ["history.json", "losses.png", "prediction.png", "report.json", "report.md", "samples.png"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
-    for name in names[1:]:
+    for name in (name for name in names if name.endswith("png")):
         assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
     results = json.loads((tmp_path / "out" / "history.json").read_text())
     assert np.shape(results["arms"]["dropout 0.2"]["validation"]["loss"]) == (2, 2)
     assert results["seeds"] == [0, 1]
     assert "test" not in results
+    summary = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert len(summary["verdicts"]) == 7
+    assert np.shape(summary["arms"]["dropout 0.2"]["late_rise"]) == (2,)
+    assert "| dropout raises accuracy" in (tmp_path / "out" / "report.md").read_text()
 
 
 def test_the_example_touches_the_test_set_once_with_a_hold_out(tmp_path):
     flags = ("--epochs", 1, "--seeds", 1, "--train-size", 2000, "--holdout", 0.2, "--rates", 0.5, "--output", tmp_path)
     result = run_example(*flags)
     assert result.returncode == 0, result.stderr
-    assert "dropout 0.5, test set after the last epoch: loss " in result.stdout
+    assert "epoch chosen on the hold-out" in result.stdout
     results = json.loads((tmp_path / "history.json").read_text())
-    assert np.shape(results["test"]["dropout 0.5"]["accuracy"]) == (1,)
+    # [rates, seeds, loss and accuracy]
+    assert np.shape(results["test"]["last epoch"]) == (1, 1, 2)
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--rates", 1.5), "error: dropout_rate must lie in [0, 1), got 1.5"),
+        (("--rates", 1.5), "error: dropout_rates must lie in [0, 1), got 1.5"),
         (("--rates", 0.2, 0.2), "none twice"),
         (("--seeds", 0), "--seeds must be at least 1, got 0"),
         (("--epochs", 0), "epochs must be at least 1, got 0"),
@@ -260,21 +269,68 @@ def test_the_example_refuses_bad_flags(tmp_path, flags, message):
     assert not list(tmp_path.iterdir())
 
 
-def test_ctrl_c_keeps_the_complete_seeds(tmp_path):
-    command = [sys.executable, str(EXAMPLE), "--epochs", "1", "--seeds", "1000", "--train-size", "500"]
+def test_ctrl_c_keeps_the_complete_epochs(tmp_path):
+    command = [sys.executable, str(EXAMPLE), "--epochs", "100000", "--seeds", "2", "--train-size", "500"]
     process = subprocess.Popen(
-        [*command, "--output", str(tmp_path)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+        [*command, "--output", str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     seen = 0
-    while seen < 5:
+    while seen < 3:
         seen += process.stderr.readline().startswith("epoch ")
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "of 1000 seeds complete; run the same command again" in errors
+    assert "of 100000; run the command again for all" in errors
     results = json.loads((tmp_path / "history.json").read_text())
-    assert len(results["seeds"]) >= 2
+    assert np.shape(results["arms"]["no dropout"]["running_loss"])[1] >= 3
+
+
+def test_reference_curves_are_read(tmp_path):
+    curves = report.read_curves(REFERENCE)
+    assert sorted(curves) == [0.0, 0.2]
+    assert curves[0.2].validation.loss.shape == (3, 30)
+    assert curves[0.0].running_loss[0, 0] == 0.516
+    path = tmp_path / "curves.csv"
+    path.write_text("run,epoch\na,1\n")
+    with pytest.raises(ValueError, match="lacks the columns dropout_rate, running_train_loss"):
+        report.read_curves(path)
+    path.write_text(REFERENCE.read_text().rsplit("\n", 2)[0])
+    with pytest.raises(ValueError, match="different numbers of epochs"):
+        report.read_curves(path)
+
+
+def test_the_reference_lies_under_the_curves():
+    arms = {"no dropout": history()}
+    plain = plot.losses(arms).axes[0]
+    under = plot.losses(arms, reference={"no dropout": report.read_curves(REFERENCE)[0.0]}).axes[0]
+    assert len(under.lines) == len(plain.lines) + 6
+    assert "PyTorch reference runs" in [text.get_text() for text in under.get_legend().get_texts()]
+
+
+def test_the_study_draws_a_line_a_size_and_marks_the_best_rate():
+    rng = np.random.default_rng(0)
+    leaves = rng.uniform(0.2, 0.5, (5, 2, 3, 4, 6))
+    summary = evidence.summarise(History(leaves[0], Metrics(leaves[1], leaves[2]), Metrics(leaves[3], leaves[4])))
+    figure = plot.study(summary, dropout_rates=[0.0, 0.2, 0.5], sizes=[1_000, 5_000])
+    for axes, values in zip(figure.axes, (summary.final_loss, summary.fair_gap, summary.final_accuracy), strict=False):
+        for line, expected in zip(axes.lines, values, strict=True):
+            np.testing.assert_allclose(line.get_ydata(), expected.mean(axis=1))
+    stars = [tuple(map(int, text.get_position())) for text in figure.axes[3].texts if text.get_text() == "★"]
+    assert stars == [(int(loss.argmin()), i) for i, loss in enumerate(summary.final_loss.mean(axis=2))]
+    pixels(figure)
+    with pytest.raises(ValueError, match=r"\[sizes, rates, seeds\] = \[2, 2, 'any'\], got \[2, 3, 4\]"):
+        plot.study(summary, dropout_rates=[0.0, 0.2], sizes=[1_000, 5_000])
+
+
+def test_the_sweep_example_chooses_on_a_hold_out_and_tests_once(tmp_path):
+    flags = ("--rates", 0, 0.5, "--sizes", 500, 1000, "--seeds", 2, "--epochs", 1, "--output", tmp_path)
+    result = run_example(*flags, example="dropout_sweep.py")
+    assert result.returncode == 0, result.stderr
+    assert "2 seeds are few" in result.stdout
+    results = json.loads((tmp_path / "history.json").read_text())
+    assert np.shape(results["arms"]["500 images"]["validation"]["loss"]) == (2, 2, 1)
+    assert [row["size"] for row in results["test"]] == [500, 1000]
+    assert (tmp_path / "study.png").read_bytes().startswith(b"\x89PNG")
+    refused = run_example("--rates", 0.5, "--output", tmp_path, example="dropout_sweep.py")
+    assert refused.returncode == 1
+    assert "error: --rates must have 0 among them" in refused.stderr

@@ -77,7 +77,17 @@ def test_a_sweep_is_deterministic(small, validation):
     assert_close(first, second, rtol=0, atol=0)
 
 
-def worker(devices: int, output: Path, *machines, **environment) -> subprocess.Popen:
+@pytest.fixture
+def worker():
+    """Start processes, and leave none behind."""
+    started: list[subprocess.Popen] = []
+    yield lambda *arguments, **environment: started.append(start(*arguments, **environment)) or started[-1]
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def start(devices: int, output: Path, *machines, **environment) -> subprocess.Popen:
     command = [sys.executable, "tests/sweep_worker.py", str(devices), str(output), *map(str, machines)]
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | environment
     return subprocess.Popen(
@@ -103,7 +113,7 @@ def assert_file_holds(path: Path, expected):
 
 
 @pytest.mark.parametrize("devices", [1, 2, 4, 8])
-def test_any_number_of_devices_gives_the_same_history(devices, expected, tmp_path):
+def test_any_number_of_devices_gives_the_same_history(devices, expected, tmp_path, worker):
     """4 and 8 devices do not divide 6 lanes."""
     process = worker(devices, tmp_path / "run.npz")
     out, errors = process.communicate(timeout=300)
@@ -112,7 +122,7 @@ def test_any_number_of_devices_gives_the_same_history(devices, expected, tmp_pat
     assert_file_holds(tmp_path / "run.npz", expected)
 
 
-def test_two_processes_give_the_same_history(expected, tmp_path):
+def test_two_processes_give_the_same_history(expected, tmp_path, worker):
     address = f"127.0.0.1:{free_port()}"
     processes = [worker(2, tmp_path / f"{i}.npz", address, 2, i) for i in range(2)]
     for i, process in enumerate(processes):
@@ -122,7 +132,7 @@ def test_two_processes_give_the_same_history(expected, tmp_path):
         assert_file_holds(tmp_path / f"{i}.npz", expected)
 
 
-def test_a_process_that_dies_ends_the_others(tmp_path):
+def test_a_process_that_dies_ends_the_others(tmp_path, worker):
     address = f"127.0.0.1:{free_port()}"
     processes = [worker(2, tmp_path / f"{i}.npz", address, 2, i, DIE="1") for i in range(2)]
     _, errors = processes[0].communicate(timeout=120)
