@@ -3,11 +3,12 @@
     data.load ──> Splits(train, test) ──> data.hold_out, data.subset
                           │
                           v
-    TrainConfig ──> train.fit(train, validation, key=..., dropout_rate=...)
-    (compiled)            │     each epoch: shuffle, train_step x 938 (model.FashionMLP, optax.adam),
+    TrainConfig ──> train.fit(train, validation, key=..., dropout_rate=...)            one run
+    (compiled)      sweep.sweep(train, validation, seeds=..., dropout_rates=...)       many, as one program
+                          │     each epoch: shuffle, train_step x 938 (model.FashionMLP, optax.adam),
                           │                 evaluate on training and validation images, dropout off
                           v
-                  Run(state, history) ──> report.table, plot.losses
+                  Run(state, history) ──> evidence.judge ──> report.table, report.verdicts, plot.losses
 
 The names below are imported when they are first used, so that importing the package costs next to nothing. The figures
 are in `fashion_jax.plot`, progress bars in `fashion_jax.log`, tables in `fashion_jax.report`.
