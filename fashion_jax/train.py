@@ -5,9 +5,12 @@ dropout rate; the key is split once into three streams (initial weights, batch o
 numbers are folded in, so that a run can go on from nothing but its seed and its state.
 """
 
+import contextlib
 import functools
 import math
-from collections.abc import Callable
+import signal
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -426,7 +429,8 @@ def run_epochs(
         on_epoch: Receives the reports.
 
     Returns:
-        The state after the last complete epoch, and its History with a last axis [epochs]. Ctrl-C ends the run early.
+        The state after the last complete epoch, and its History with a last axis [epochs]. Ctrl-C ends the run after
+        the epoch that is under way; a second Ctrl-C ends it at once.
 
     Raises:
         TypeError: `epochs` is not an int.
@@ -439,11 +443,12 @@ def run_epochs(
         raise ValueError(f"epochs must be at least 1, got {epochs}")
     rows: list[History] = []
     try:
-        while len(rows) < epochs:
-            after, measured = epoch(state)
-            state, rows = after, [*rows, measured]
-            if on_epoch is not None:
-                on_epoch(EpochEnd(len(rows), epochs, dropout_rates, measured, functools.partial(_same, state)))
+        with _noting_ctrl_c() as pressed:
+            while len(rows) < epochs and not (pressed and rows):
+                after, measured = epoch(state)
+                state, rows = after, [*rows, measured]
+                if on_epoch is not None:
+                    on_epoch(EpochEnd(len(rows), epochs, dropout_rates, measured, functools.partial(_same, state)))
     except KeyboardInterrupt:
         if not rows:
             raise
@@ -466,6 +471,31 @@ def train_eval_part(train: Batch, config: TrainConfig) -> Batch:
     if size is None or size >= len(train.labels):
         return train
     return subset(train, size, key=jax.random.key(0))
+
+
+@contextlib.contextmanager
+def _noting_ctrl_c() -> Iterator[list[int]]:
+    """Let the first Ctrl-C only take note, in the list that this yields; a second one interrupts.
+
+    A KeyboardInterrupt is raised wherever the program happens to be, which may be in a callback that swallows it. The
+    main thread alone may change handlers, and a handler that somebody else has set is left as it is.
+    """
+    pressed: list[int] = []
+
+    def note(number, frame):
+        if pressed:
+            raise KeyboardInterrupt
+        pressed.append(number)
+
+    default = signal.default_int_handler
+    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is default
+    if ours:
+        signal.signal(signal.SIGINT, note)
+    try:
+        yield pressed
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, default)
 
 
 def _same(state: TrainState) -> TrainState:

@@ -278,7 +278,11 @@ def test_ctrl_c_keeps_the_complete_epochs(tmp_path):
     while seen < 3:
         seen += process.stderr.readline().startswith("epoch ")
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    try:
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.communicate()
     assert process.returncode == 130
     assert "of 100000; run the command again for all" in errors
     results = json.loads((tmp_path / "history.json").read_text())
