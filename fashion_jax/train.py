@@ -477,8 +477,8 @@ def train_eval_part(train: Batch, config: TrainConfig) -> Batch:
 def _noting_ctrl_c() -> Iterator[list[int]]:
     """Let the first Ctrl-C only take note, in the list that this yields; a second one interrupts.
 
-    A KeyboardInterrupt is raised wherever the program happens to be, which may be in a callback that swallows it. The
-    main thread alone may change handlers, and a handler that somebody else has set is left as it is.
+    So the epoch that is under way is not lost. The main thread alone may change handlers, and a handler that somebody
+    else has set is left as it is.
     """
     pressed: list[int] = []
 
