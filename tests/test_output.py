@@ -270,14 +270,19 @@ def test_the_example_refuses_bad_flags(tmp_path, flags, message):
 
 
 def test_ctrl_c_keeps_the_complete_epochs(tmp_path):
-    command = [sys.executable, str(EXAMPLE), "--epochs", "100000", "--seeds", "2", "--train-size", "500"]
+    # A shell lets what it starts in the background ignore SIGINT, and children inherit that; so it is set here.
+    start = """
+import runpy, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+    command = [sys.executable, "-c", start, str(EXAMPLE), "--epochs", "100000", "--seeds", "2", "--train-size", "500"]
     process = subprocess.Popen(
         [*command, "--output", str(tmp_path)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # A shell lets what it starts in the background ignore SIGINT, and children inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     seen = 0
     while seen < 3:
