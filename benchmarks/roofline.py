@@ -71,7 +71,7 @@ def matrix_products(config: TrainConfig, steps: int):
 def without(part: str):
     """Leave one part of the training step out while a program is traced."""
     replaced = {
-        "Adam": lambda: mock.patch.object(train, "_optimiser", lambda config: optax.sgd(config.learning_rate)),
+        "Adam": lambda: mock.patch.object(train, "build_optimiser", lambda config: optax.sgd(config.learning_rate)),
         "dropout's random numbers": lambda: mock.patch.object(
             model, "uniform", lambda key, shape: jnp.full(shape, 0.5)
         ),

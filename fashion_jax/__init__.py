@@ -5,7 +5,7 @@
                           v
     TrainConfig ──> train.fit(train, validation, key=..., dropout_rate=...)            one run
     (compiled)      sweep.sweep(train, validation, seeds=..., dropout_rates=...)       many, as one program
-                          │     each epoch: shuffle, train_step x 938 (model.FashionMLP, optax.adam),
+                          │     each epoch: shuffle, train_step x 938 (model.FashionMLP, optimiser),
                           │                 evaluate on training and validation images, dropout off
                           v
                   Run(state, history) ──> evidence.judge ──> report.table, report.verdicts, plot.losses

@@ -7,7 +7,6 @@ numbers are folded in, so that a run can go on from nothing but its seed and its
 
 import contextlib
 import functools
-import math
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ from jaxtyping import Array, Float, Int, Key
 from fashion_jax.config import TrainConfig
 from fashion_jax.data import Batch, check_batch, subset
 from fashion_jax.model import FashionMLP, check_rate
+from fashion_jax.optimiser import build_optimiser
 
 Params = dict[str, Any]
 
@@ -170,7 +170,7 @@ def _init_state(key, config):
     images = jnp.zeros((1, 28, 28), jnp.uint8)
     variables = FashionMLP(config.hidden).init(split_key(key).init, images, deterministic=True)
     params = cast(Params, variables["params"])
-    return TrainState(params, _optimiser(config).init(params), jnp.zeros((), jnp.int32))
+    return TrainState(params, build_optimiser(config).init(params), jnp.zeros((), jnp.int32))
 
 
 def negative_log_likelihood(
@@ -208,8 +208,6 @@ def train_step(
     Returns:
         The next state, and the batch's loss and accuracy under the old weights and the drawn masks.
 
-    Source: Kingma and Ba, "Adam: A Method for Stochastic Optimization", ICLR 2015, as `optax.adam` has it.
-
     >>> config = TrainConfig()
     >>> batch = Batch(jnp.zeros((4, 28, 28), jnp.uint8), jnp.arange(4))
     >>> state = init_state(jax.random.key(0), config=config)
@@ -228,7 +226,7 @@ def train_step(
         return metrics.loss, metrics
 
     grads, metrics = jax.grad(mean_loss, has_aux=True)(state.params)
-    updates, opt_state = _optimiser(config).update(grads, state.opt_state)
+    updates, opt_state = build_optimiser(config).update(grads, state.opt_state)
     params = cast(Params, optax.apply_updates(state.params, updates))
     return TrainState(params, opt_state, state.step + 1), metrics
 
@@ -500,20 +498,6 @@ def _noting_ctrl_c() -> Iterator[list[int]]:
 
 def _same(state: TrainState) -> TrainState:
     return state
-
-
-def _optimiser(config: TrainConfig) -> optax.GradientTransformation:
-    b1, b2 = 0.9, 0.999
-
-    def learning_rate(count):
-        # optax computes Adam's bias corrections 1 - b**t in float32, where 1 - 0.999 is off by 1.3e-5. That shrinks all
-        # early updates alike, and two networks that differ so are soon different networks. The rate undoes it.
-        t = count + 1
-        rounded1, rounded2 = 1 - b1**t, 1 - b2**t
-        exact1, exact2 = (-jnp.expm1(t * math.log(b)) for b in (b1, b2))
-        return config.learning_rate * (rounded1 / exact1) * jnp.sqrt(exact2 / rounded2)
-
-    return optax.adam(learning_rate, b1=b1, b2=b2)
 
 
 def _totals(log_probs, labels, weights) -> Metrics:

@@ -18,11 +18,12 @@ ALLOWED = {
     "files": set(),
     "log": {"train"},
     "model": {"threefry"},
+    "optimiser": {"config"},
     "plot": {"evidence", "train"},
     "report": {"config", "evidence", "train"},
     "sweep": {"config", "data", "model", "train"},
     "threefry": set(),
-    "train": {"config", "data", "model"},
+    "train": {"config", "data", "model", "optimiser"},
 }
 # A type lives with the function that makes it; these modules read results and train nothing.
 TYPES_ONLY = {"evidence": {"History"}, "log": {"EpochEnd"}, "plot": {"History"}, "report": {"History", "Metrics"}}

@@ -4,7 +4,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from fashion_jax import Batch, FashionMLP, TrainConfig, fit, train
@@ -336,9 +335,3 @@ def test_the_epoch_with_evaluation_is_the_epoch_and_the_evaluations(small):
     actual, history = train_and_evaluate_epoch(state, data, data, data, KEY, config=CONFIG, dropout_rate=0.2)
     assert_trees_close(actual.params, expected.params, atol=1e-5)
     assert float(history.running_loss) == pytest.approx(float(running_loss), rel=1e-5)
-
-
-def test_the_optimiser_is_optax_adam():
-    state = init_state(KEY)
-    assert isinstance(state.opt_state[0], optax.ScaleByAdamState)
-    assert all((leaf == 0).all() for leaf in jax.tree.leaves(state.opt_state))
