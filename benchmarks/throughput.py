@@ -19,6 +19,7 @@ from fashion_jax import Batch, TrainConfig, load
 from fashion_jax.train import (
     evaluate,
     init_state,
+    start_lane,
     train_and_evaluate_epoch,
     train_epoch,
     train_eval_part,
@@ -102,17 +103,18 @@ class JaxFit:
     def __init__(self, train: Batch, train_eval: Batch, test: Batch, config: TrainConfig):
         self.data, self.config = (train, train_eval, test), config
         self.key = jax.random.key(0)
-        self.state = init_state(self.key, config=config)
+        self.lane = start_lane(init_state(self.key, config=config))
 
     def epoch(self) -> float:
-        self.state, loss = train_epoch(self.state, self.data[0], self.key, config=self.config, dropout_rate=RATE)
-        return loss.item()
+        state, losses = train_epoch(self.lane.state, self.data[0], self.key, config=self.config, dropout_rate=RATE)
+        self.lane = self.lane._replace(state=state)
+        return losses.mean().item()
 
     def measure(self) -> object:
-        self.state, history = train_and_evaluate_epoch(
-            self.state, *self.data, self.key, config=self.config, dropout_rate=RATE
+        self.lane, outcome = train_and_evaluate_epoch(
+            self.lane, *self.data, self.key, config=self.config, dropout_rate=RATE
         )
-        return jax.device_get(history)
+        return jax.device_get(outcome)
 
 
 def band(batch_size: int, best: float) -> tuple[float, float]:

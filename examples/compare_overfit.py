@@ -7,7 +7,6 @@ report.json and report.md.
 import dataclasses
 import io
 import json
-import logging
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -19,7 +18,8 @@ import tyro
 
 from fashion_jax import CLASS_NAMES, FashionMLP, TrainConfig, data, evidence, files, plot, report, sweep
 from fashion_jax.log import Progress
-from fashion_jax.train import BestParams, evaluate
+from fashion_jax.script import INTERRUPTED, run_script
+from fashion_jax.train import evaluate
 
 REFERENCE = Path(__file__).parents[1] / "tests" / "reference" / "pytorch_curves.csv"
 
@@ -39,6 +39,9 @@ class Flags:
     does; otherwise the test set is touched once, at the end."""
     reference: bool = False
     """Lay three PyTorch runs under the curves."""
+    checkpoint: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Directory to save to after each epoch. The same command, given again, goes on from there after a run was stopped
+    or killed."""
     data_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Directory with the data set; see `python -m fashion_jax.data --help`."""
     output: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("runs/compare_overfit")
@@ -69,7 +72,6 @@ def main(flags: Flags) -> int:
         flags.output.mkdir(parents=True, exist_ok=True)
 
     seeds = list(range(flags.seeds))
-    best = BestParams()
     with Progress(flags.epochs) as progress:
         run = sweep.sweep(
             train,
@@ -78,13 +80,24 @@ def main(flags: Flags) -> int:
             dropout_rates=flags.rates,
             config=config,
             epochs=flags.epochs,
-            on_epoch=lambda end: (writes and progress(end), flags.holdout and best(end)),
+            on_epoch=progress if writes else None,
+            checkpoint=flags.checkpoint,
         )
     if not writes:
         return 0
     complete = run.history.running_loss.shape[-1]
     if complete < flags.epochs:
-        print(f"stopped after epoch {complete} of {flags.epochs}; run the command again for all", file=sys.stderr)
+        how = "go on" if flags.checkpoint else "train all"
+        print(f"stopped after epoch {complete} of {flags.epochs}; run the command again to {how}", file=sys.stderr)
+
+    stopped = np.isnan(run.history.running_loss).any(axis=(0, 2))
+    if stopped.any():
+        # Arms are compared seed by seed.
+        print(f"left out, because a loss was not finite: seeds {np.flatnonzero(stopped).tolist()}", file=sys.stderr)
+        seeds = np.flatnonzero(~stopped).tolist()
+        if not seeds:
+            raise FloatingPointError("no seed is left in which every arm has finite losses")
+        run = jax.tree.map(lambda leaf: leaf[:, ~stopped], run)
 
     names = [f"dropout {rate:g}" if rate else "no dropout" for rate in flags.rates]
     arms = {name: jax.tree.map(lambda leaf, i=i: leaf[i], run.history) for i, name in enumerate(names)}
@@ -95,10 +108,13 @@ def main(flags: Flags) -> int:
         verdicts = evidence.judge(arms["no dropout"], arms[names[-1]])
         sections.append(report.verdicts(verdicts))
     if flags.holdout:
-        tested = {"last epoch": run.state.params, "epoch chosen on the hold-out": best.params}
+        tested = {"last epoch": run.state.params, "epoch chosen on the hold-out": run.best.params}
         results["test"] = {
             when: [
-                [evaluate(jax.tree.map(lambda leaf, i=i, j=j: leaf[i, j], params), test, config=config) for j in seeds]
+                [
+                    evaluate(jax.tree.map(lambda leaf, i=i, j=j: leaf[i, j], params), test, config=config)
+                    for j in range(len(seeds))
+                ]
                 for i in range(len(names))
             ]
             for when, params in tested.items()
@@ -131,16 +147,8 @@ def main(flags: Flags) -> int:
         files.write_atomically(flags.output / f"{name}.json", json.dumps(content, indent=1, default=str) + "\n")
     files.write_atomically(flags.output / "report.md", "\n\n".join(sections) + "\n")
     print(f"\npictures, report and history are in {flags.output}")
-    return 0 if complete == flags.epochs else 130
+    return 0 if complete == flags.epochs else INTERRUPTED
 
 
 if __name__ == "__main__":
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("fashion_jax").setLevel(logging.INFO)
-    try:
-        sys.exit(main(tyro.cli(Flags, description=__doc__)))
-    except (ValueError, TypeError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        print("stopped before the first epoch ended; nothing was written", file=sys.stderr)
-        sys.exit(130)
+    run_script(main, tyro.cli(Flags, description=__doc__))

@@ -6,7 +6,6 @@ Prints tables and writes study.png, report.md and history.json.
 import dataclasses
 import io
 import json
-import logging
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -17,6 +16,7 @@ import tyro
 
 from fashion_jax import TrainConfig, data, evidence, files, plot, report, sweep
 from fashion_jax.log import Progress
+from fashion_jax.script import INTERRUPTED, run_script
 from fashion_jax.train import evaluate
 
 HOLD_OUT = 10_000
@@ -42,6 +42,9 @@ class Flags:
     """Number of seeds; instead of the preset's."""
     epochs: int = 30
     """Passes over the training set, whatever its size."""
+    checkpoint: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Directory to save to after each epoch. The same command, given again, goes on from there after a run was stopped
+    or killed."""
     data_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Directory with the data set; see `python -m fashion_jax.data --help`."""
     output: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("runs/dropout_sweep")
@@ -70,10 +73,12 @@ def main(flags: Flags) -> int:
             config=config,
             epochs=flags.epochs,
             on_epoch=progress,
+            checkpoint=flags.checkpoint,
         )
     complete = len(run.history.running_loss)
     if complete < len(sizes):
-        print(f"stopped after {complete} of {len(sizes)} sizes; run the command again for all", file=sys.stderr)
+        how = "go on" if flags.checkpoint else "train all"
+        print(f"stopped after {complete} of {len(sizes)} sizes; run the command again to {how}", file=sys.stderr)
     sizes = sizes[:complete]
     summary = evidence.summarise(run.history)
 
@@ -121,16 +126,8 @@ def main(flags: Flags) -> int:
     files.write_atomically(flags.output / "history.json", json.dumps(results, indent=1, default=str) + "\n")
     files.write_atomically(flags.output / "report.md", "\n\n".join(sections) + "\n")
     print(f"\nstudy.png, report.md and history.json are in {flags.output}")
-    return 0 if complete == len(flags.sizes or preset["sizes"]) else 130
+    return 0 if complete == len(flags.sizes or preset["sizes"]) else INTERRUPTED
 
 
 if __name__ == "__main__":
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("fashion_jax").setLevel(logging.INFO)
-    try:
-        sys.exit(main(tyro.cli(Flags, description=__doc__)))
-    except (ValueError, TypeError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        print("stopped before the first size was complete; nothing was written", file=sys.stderr)
-        sys.exit(130)
+    run_script(main, tyro.cli(Flags, description=__doc__))

@@ -91,6 +91,9 @@ def summarise(history: History) -> Summary:
     Args:
         history: Leaves [..., epochs].
 
+    Raises:
+        ValueError: A loss is not finite, as of a lane that was stopped.
+
     >>> from fashion_jax.train import Metrics
     >>> curve = np.array([0.5, 0.4, 0.45])
     >>> summary = summarise(History(curve, Metrics(curve - 0.1, curve), Metrics(curve, 1 - curve)))
@@ -100,6 +103,11 @@ def summarise(history: History) -> Summary:
     loss = np.asarray(history.validation.loss, np.float64)
     accuracy = np.asarray(history.validation.accuracy, np.float64)
     training_loss = np.asarray(history.train.loss, np.float64)
+    finite = np.isfinite(loss).all(axis=-1) & np.isfinite(training_loss).all(axis=-1)
+    if not finite.all():
+        raise ValueError(
+            f"history holds losses that are not finite, in runs {np.argwhere(~finite).tolist()}; leave them out"
+        )
     best = loss.argmin(axis=-1)
     best_loss, best_accuracy = _at(loss, best), _at(accuracy, best)
     final_loss = np.asarray(loss[..., -1])

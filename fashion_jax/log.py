@@ -33,7 +33,7 @@ class Progress:
     def __init__(self, epochs: int, *, file: io.TextIOBase | TextIO | None = None):
         self._file = sys.stderr if file is None else file
         self._epochs = epochs
-        self._done = 0
+        self._done = self._skipped = self._last = 0
         self._start = time.monotonic()
         in_notebook = "ipykernel" in sys.modules
         self._bar = tqdm(total=epochs, unit="epoch", file=file) if in_notebook or self._file.isatty() else None
@@ -47,15 +47,19 @@ class Progress:
 
     def __call__(self, end: EpochEnd) -> None:
         """Show one epoch."""
-        self._done += 1
+        # A run that goes on from a checkpoint begins with a later epoch.
+        skipped = end.epoch - 1 - (self._last if end.epoch > self._last else 0)
+        self._last = end.epoch
+        self._skipped += skipped
+        self._done += 1 + skipped
         validation = end.history.validation
         loss, accuracy = _by_rate(end, validation.loss), _by_rate(end, validation.accuracy)
         rates = " | ".join(f"{rate:g}" for rate in end.dropout_rates)
         if self._bar is not None:
             self._bar.set_postfix(dropout=rates, loss=loss, accuracy=accuracy)
-            self._bar.update()
+            self._bar.update(1 + skipped)
             return
-        left = (time.monotonic() - self._start) / self._done * (self._epochs - self._done)
+        left = (time.monotonic() - self._start) / (self._done - self._skipped) * (self._epochs - self._done)
         print(
             f"epoch {end.epoch}/{end.epochs}, dropout {rates}: training loss {_by_rate(end, end.history.train.loss)}, "
             f"validation loss {loss}, accuracy {accuracy} ({left:.0f} s left)",
@@ -65,6 +69,6 @@ class Progress:
 
 
 def _by_rate(end: EpochEnd, leaf) -> str:
-    """Give the mean over seeds for each dropout rate."""
-    means = np.reshape(leaf, (len(end.dropout_rates), -1)).mean(axis=1)
-    return " | ".join(f"{mean:.4f}" for mean in means)
+    """Give the mean over seeds for each dropout rate; lanes that have stopped are left out."""
+    rows = np.reshape(leaf, (len(end.dropout_rates), -1))
+    return " | ".join(f"{row[np.isfinite(row)].mean():.4f}" if np.isfinite(row).any() else "stopped" for row in rows)

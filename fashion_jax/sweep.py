@@ -11,6 +11,7 @@ import functools
 import itertools
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,14 +20,19 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from fashion_jax.checkpoint import Checkpoints
 from fashion_jax.config import TrainConfig
 from fashion_jax.data import Batch, check_batch, subset
 from fashion_jax.model import check_rate
 from fashion_jax.train import (
+    Lane,
     OnEpoch,
     Run,
+    check_epochs,
     init_state,
+    open_store,
     run_epochs,
+    start_lane,
     train_and_evaluate_epoch,
     train_eval_part,
 )
@@ -82,6 +88,7 @@ def sweep(
     config: TrainConfig = TrainConfig(),
     epochs: int = 30,
     on_epoch: OnEpoch | None = None,
+    checkpoint: Checkpoints | str | os.PathLike | None = None,
     devices: Sequence[Any] | None = None,
     lanes_at_once: int | None = None,
 ) -> Run:
@@ -102,19 +109,27 @@ def sweep(
             a program of its own, trained after the one before.
         config: What is fixed at compile time.
         epochs: Passes over the training set, at least 1.
-        on_epoch: Called after each epoch with an `EpochEnd`.
+        on_epoch: Called after each epoch that is trained, with an `EpochEnd`.
+        checkpoint: A directory to save to and to go on from, as `fit` takes it; with `train_sizes` each size has a
+            directory of its own inside. On another number of devices the sweep goes on within rounding, not bit by bit.
+            Several processes must share the directory.
         devices: The `jax.Device`s to train on; all devices of all processes by default.
         lanes_at_once: Lanes that one device trains at the same time; by default 1 on a CPU and as many as
             fit on others.
 
     Returns:
-        State and History whose leaves have leading axes [rates, seeds], or [sizes, rates, seeds]; the History's are
-        NumPy arrays with a last axis [epochs]. Ctrl-C ends the run after the last complete epoch, or the last complete
-        size: the History is then shorter than was asked for.
+        NumPy arrays whose leaves have leading axes [rates, seeds], or [sizes, rates, seeds]; the History's have a last
+        axis [epochs]. A lane whose loss is not finite stays where it was, with a warning, and its History is NaN from
+        then on. Ctrl-C ends the run after the last complete epoch, or the last complete size: the History is then
+        shorter than was asked for.
 
     Raises:
         TypeError: An argument has the wrong type or dtype.
-        ValueError: An argument is out of range, has the wrong shape, or names something twice.
+        ValueError: An argument is out of range, has the wrong shape, or names something twice, or `checkpoint` belongs
+            to another sweep.
+        NonFiniteLossError: No lane is left with finite losses.
+        MemoryError: A device has no room for so many lanes.
+        OSError: The checkpoint directory cannot be written, or another run uses it.
 
     >>> data = Batch(np.zeros((100, 28, 28), np.uint8), np.arange(100, dtype=np.int32) % 10)
     >>> run = sweep(data, data, seeds=[0, 1, 2], dropout_rates=[0.0, 0.2], epochs=4)
@@ -134,13 +149,25 @@ def sweep(
         check_rate(rate, "dropout_rates")
     check_batch(train, "train")
     check_batch(validation, "validation")
+    check_epochs(epochs)
+    one_size = functools.partial(
+        _sweep,
+        validation=validation,
+        seeds=seeds,
+        dropout_rates=dropout_rates,
+        config=config,
+        epochs=epochs,
+        on_epoch=on_epoch,
+        devices=devices,
+        lanes_at_once=lanes_at_once,
+    )
     if train_sizes is None:
-        return _sweep(train, validation, seeds, dropout_rates, config, epochs, on_epoch, devices, lanes_at_once)
+        return one_size(train, checkpoint=checkpoint)
 
     parts = [subset(train, size, key=jax.random.key(0)) for size in train_sizes]
     runs: list[Run] = []
     for part in parts:
-        run = _sweep(part, validation, seeds, dropout_rates, config, epochs, on_epoch, devices, lanes_at_once)
+        run = one_size(part, checkpoint=_within(checkpoint, f"{len(part.labels)}-images"))
         if run.history.running_loss.shape[-1] < epochs:
             break
         runs.append(run)
@@ -159,17 +186,36 @@ def lanes_that_fit(device: Any, config: TrainConfig) -> int:
     >>> lanes_that_fit(jax.devices("cpu")[0], TrainConfig())
     1
     """
-    if device.platform == "cpu":
-        return 1
+    return 1 if device.platform == "cpu" else max(1, int(MEMORY_SHARE * _memory(device) / _lane_bytes(config)))
+
+
+def _memory(device: Any) -> int:
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    if limit is None and device.platform == "cpu" and hasattr(os, "sysconf"):
+        limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return limit or 8 * 2**30
+
+
+def _lane_bytes(config: TrainConfig) -> int:
+    """Estimate what a lane takes while it trains."""
     widths = (784, *config.hidden, 10)
     params = sum((a + 1) * b for a, b in itertools.pairwise(widths))
-    # Parameters, two moments and a gradient, and old and new of each; hidden units forward and backward.
-    floats = 8 * params + 4 * sum(widths) * config.batch_size + 2 * sum(widths[1:]) * config.eval_batch_size
-    limit = (device.memory_stats() or {}).get("bytes_limit", 8 * 2**30)
-    return max(1, int(MEMORY_SHARE * limit / (4 * floats)))
+    # Parameters, two moments, a gradient and the best parameters, and old and new of most; hidden units forward and
+    # backward.
+    return 4 * (9 * params + 4 * sum(widths) * config.batch_size + 2 * sum(widths[1:]) * config.eval_batch_size)
 
 
-def _sweep(train, validation, seeds, dropout_rates, config, epochs, on_epoch, devices, lanes_at_once) -> Run:
+def _within(checkpoint, name: str) -> Checkpoints | None:
+    if checkpoint is None:
+        return None
+    if not isinstance(checkpoint, Checkpoints):
+        checkpoint = Checkpoints(checkpoint)
+    return checkpoint._replace(directory=Path(checkpoint.directory) / name)
+
+
+def _sweep(
+    train, *, validation, seeds, dropout_rates, config, epochs, on_epoch, checkpoint, devices, lanes_at_once
+) -> Run:
     mesh = Mesh(np.array(devices or jax.devices()), ("lanes",), axis_types=(AxisType.Auto,))
     if lanes_at_once is None:
         lanes_at_once = lanes_that_fit(mesh.devices.flat[0], config)
@@ -177,39 +223,59 @@ def _sweep(train, validation, seeds, dropout_rates, config, epochs, on_epoch, de
         raise ValueError(f"lanes_at_once must be at least 1, got {lanes_at_once}")
 
     # Rates vary slowest, as in the result; lanes that only fill up the last device repeat the first.
+    axes = len(dropout_rates), len(seeds)
     keys = np.stack([np.asarray(jax.random.key_data(jax.random.key(seed))) for seed in seeds])
     keys = np.tile(keys, (len(dropout_rates), 1))
     rates = np.repeat(np.array(dropout_rates, np.float32), len(seeds))
-    lanes = len(rates)
-    filled = np.resize(np.arange(lanes), -(-lanes // mesh.size) * mesh.size)
+    filled = np.resize(np.arange(len(rates)), -(-len(rates) // mesh.size) * mesh.size)
     keys, rates = (_place(leaf[filled], mesh, P("lanes")) for leaf in (keys, rates))
     data = jax.tree.map(
         lambda leaf: _place(np.asarray(leaf), mesh, P()), (train, train_eval_part(train, config), validation)
     )
 
     def to_host(tree):
+        # Reshaping where the lanes are would take a collective.
         if jax.process_count() > 1:
             tree = multihost_utils.process_allgather(tree, tiled=True)
-        return _unfold(jax.device_get(tree), rates=len(dropout_rates), seeds=len(seeds))
+        return jax.tree.map(
+            lambda leaf: leaf[: len(seeds) * len(dropout_rates)].reshape(axes + leaf.shape[1:]), jax.device_get(tree)
+        )
 
-    def report(end):
-        # Bringing every state to the host costs time, and reshaping it where it is would take a collective.
-        on_epoch(end._replace(fetch_state=lambda: to_host(end.fetch_state())))
+    def to_devices(tree):
+        return jax.tree.map(
+            lambda leaf: _place(leaf.reshape(-1, *leaf.shape[2:])[filled], mesh, P("lanes")),
+            tree,
+        )
 
-    def epoch(state):
-        state, history = _epoch(state, *data, keys, rates, config=config, mesh=mesh, lanes_at_once=lanes_at_once)
-        return state, to_host(history)
+    def epoch(lanes):
+        return _epoch(lanes, *data, keys, rates, config=config, mesh=mesh, lanes_at_once=lanes_at_once)
 
-    start = _start(keys, config=config, mesh=mesh)
-    run = run_epochs(
-        epoch, start, epochs=epochs, dropout_rates=tuple(dropout_rates), on_epoch=report if on_epoch else None
-    )
-    return Run(to_host(run.state), run.history)
-
-
-def _unfold(tree, *, rates: int, seeds: int):
-    """Turn the axis of lanes into [rates, seeds], without the lanes that only filled up a device."""
-    return jax.tree.map(lambda leaf: leaf[: rates * seeds].reshape(rates, seeds, *leaf.shape[1:]), tree)
+    identity = {"program": "sweep", "seeds": list(map(int, seeds)), "dropout_rates": dropout_rates}
+    layout = {"devices": mesh.size, "lanes_at_once": lanes_at_once}
+    try:
+        with open_store(checkpoint, identity, config=config, train=train, validation=validation, **layout) as store:
+            run = run_epochs(
+                epoch,
+                _start(keys, config=config, mesh=mesh),
+                epochs=epochs,
+                steps=-(-len(train.labels) // config.batch_size),
+                dropout_rates=tuple(dropout_rates),
+                names=np.array([[f"dropout {rate:g}, seed {seed}" for seed in seeds] for rate in dropout_rates]),
+                on_epoch=on_epoch,
+                store=store,
+                to_host=to_host,
+                to_devices=to_devices,
+            )
+            return run._replace(**to_host(Lane(run.state, run.best))._asdict())
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        device = mesh.devices.flat[0]
+        room = int(MEMORY_SHARE * _memory(device) / _lane_bytes(config))
+        raise MemoryError(
+            f"{len(filled)} lanes on {mesh.size} devices, {lanes_at_once} at once on each, do not fit; about "
+            f"{room * mesh.size} lanes of this config do. Use fewer seeds or dropout_rates, or a lower lanes_at_once"
+        ) from error
 
 
 def _place(array: np.ndarray, mesh: Mesh, spec: P) -> jax.Array:
@@ -220,28 +286,28 @@ def _place(array: np.ndarray, mesh: Mesh, spec: P) -> jax.Array:
 @functools.partial(jax.jit, static_argnames=("config", "mesh"))
 def _start(keys, *, config, mesh):
     def local(keys):
-        return jax.lax.map(lambda key: init_state(jax.random.wrap_key_data(key), config=config), keys)
+        return jax.lax.map(lambda key: start_lane(init_state(jax.random.wrap_key_data(key), config=config)), keys)
 
     return jax.shard_map(local, mesh=mesh, in_specs=P("lanes"), out_specs=P("lanes"), check_vma=False)(keys)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "mesh", "lanes_at_once"))
-def _epoch(state, train, train_eval, validation, keys, rates, *, config, mesh, lanes_at_once):
-    def local(state, train, train_eval, validation, keys, rates):
-        def lane(inputs):
-            state, key, rate = inputs
+def _epoch(lanes, train, train_eval, validation, keys, rates, *, config, mesh, lanes_at_once):
+    def local(lanes, train, train_eval, validation, keys, rates):
+        def one(inputs):
+            lane, key, rate = inputs
             key = jax.random.wrap_key_data(key)
-            return train_and_evaluate_epoch(state, train, train_eval, validation, key, config=config, dropout_rate=rate)
+            return train_and_evaluate_epoch(lane, train, train_eval, validation, key, config=config, dropout_rate=rate)
 
         at_once = None if lanes_at_once == 1 else min(lanes_at_once, len(rates))
-        return jax.lax.map(lane, (state, keys, rates), batch_size=at_once)
+        return jax.lax.map(one, (lanes, keys, rates), batch_size=at_once)
 
-    lanes, everywhere = P("lanes"), P()
+    split, everywhere = P("lanes"), P()
     mapped = jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(lanes, everywhere, everywhere, everywhere, lanes, lanes),
-        out_specs=lanes,
+        in_specs=(split, everywhere, everywhere, everywhere, split, split),
+        out_specs=split,
         check_vma=False,
     )
-    return mapped(state, train, train_eval, validation, keys, rates)
+    return mapped(lanes, train, train_eval, validation, keys, rates)

@@ -6,10 +6,14 @@ numbers are folded in, so that a run can go on from nothing but its seed and its
 """
 
 import contextlib
+import dataclasses
 import functools
+import logging
+import os
 import signal
-import threading
-from collections.abc import Callable, Iterator
+import time
+import warnings
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -18,12 +22,15 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, Key
 
+from fashion_jax.checkpoint import Checkpoints, Store, content_digest
 from fashion_jax.config import TrainConfig
 from fashion_jax.data import Batch, check_batch, subset
 from fashion_jax.model import FashionMLP, check_rate
 from fashion_jax.optimiser import build_optimiser
+from fashion_jax.signals import noting_signals
 
 Params = dict[str, Any]
+logger = logging.getLogger(__name__)
 
 
 class Metrics(NamedTuple):
@@ -65,11 +72,57 @@ class TrainState(NamedTuple):
     step: Int[Array, ""]
 
 
+class Best(NamedTuple):
+    """The parameters of the epoch with the lowest validation loss so far: what early stopping returns.
+
+    Attributes:
+        params: The model's parameters.
+        loss: That validation loss, in nats; infinite before the first epoch.
+    """
+
+    params: Params
+    loss: Float[Array | np.ndarray, "*axes"]
+
+
 class Run(NamedTuple):
-    """A trained state and how it came about."""
+    """A trained state, how it came about, and the best that there was on the way."""
 
     state: TrainState
     history: History
+    best: Best
+
+
+class Lane(NamedTuple):
+    """What a run carries from one epoch to the next."""
+
+    state: TrainState
+    best: Best
+
+
+class Outcome(NamedTuple):
+    """What one epoch of one lane tells.
+
+    Attributes:
+        history: The epoch's measures; all NaN if one was not finite, and from then on.
+        good_steps: Steps before the first whose loss was not finite; all of them if there was none.
+    """
+
+    history: History
+    good_steps: Int[Array | np.ndarray, "*axes"]
+
+
+class NonFiniteLossError(FloatingPointError):
+    """Training ran into a loss that is infinite or not a number.
+
+    Attributes:
+        epoch: The epoch in which it did, from 1.
+        step: The step in that epoch, from 1; None if only the evaluation after the epoch was not finite.
+        run: The Run until the epoch before, or None if there was none.
+    """
+
+    def __init__(self, message: str, *, epoch: int, step: int | None, run: Run | None):
+        super().__init__(message)
+        self.epoch, self.step, self.run = epoch, step, run
 
 
 class EpochEnd(NamedTuple):
@@ -80,8 +133,8 @@ class EpochEnd(NamedTuple):
         epochs: Number of epochs that were asked for.
         dropout_rates: The rates that are trained; `fit` has one.
         history: What was measured; leaves are NumPy arrays, without axes from `fit`, [rates, seeds] from `sweep`.
-        fetch_state: Brings the state after the epoch, with the same axes in front. From `sweep` it is on the host; of
-            several processes all have to call it.
+        fetch_state: Brings the state after the epoch to the host, with the same axes in front. Of several processes
+            all have to call it.
     """
 
     epoch: int
@@ -92,42 +145,6 @@ class EpochEnd(NamedTuple):
 
 
 OnEpoch = Callable[[EpochEnd], object]
-
-
-class BestParams:
-    """Keep each run's parameters from the epoch with its lowest validation loss: what early stopping returns.
-
-    Give it to `fit` or `sweep` as `on_epoch`.
-
-    Attributes:
-        params: The kept parameters, with the axes of the runs in front; NumPy arrays.
-
-    >>> best = BestParams()
-    >>> data = Batch(np.zeros((100, 28, 28), np.uint8), np.arange(100, dtype=np.int32) % 10)
-    >>> run = fit(data, data, key=jax.random.key(0), epochs=3, on_epoch=best)
-    >>> loss = evaluate(best.params, data, config=TrainConfig()).loss
-    >>> bool(np.isclose(loss, run.history.validation.loss.min()))
-    True
-    """
-
-    def __init__(self):
-        self.params: Params = {}
-        self._loss: np.ndarray | None = None
-
-    def __call__(self, end: EpochEnd) -> None:
-        """Keep the parameters of the runs that are better than ever."""
-        loss = np.asarray(end.history.validation.loss)
-        params = jax.device_get(end.fetch_state().params)
-        if self._loss is None or loss.shape != self._loss.shape or end.epoch == 1:
-            self._loss, self.params = np.array(loss), params
-            return
-        better = loss < self._loss
-
-        def choose(new, old):
-            return np.where(better.reshape(better.shape + (1,) * (new.ndim - better.ndim)), new, old)
-
-        self.params = jax.tree.map(choose, params, self.params)
-        self._loss = np.where(better, loss, self._loss)
 
 
 class RunKeys(NamedTuple):
@@ -281,7 +298,7 @@ def train_epoch(
     *,
     config: TrainConfig,
     dropout_rate: float | Float[Array, ""],
-) -> tuple[TrainState, Float[Array, ""]]:
+) -> tuple[TrainState, Float[Array, " steps"]]:
     """Take every training example once, in a new random order, as one compiled program.
 
     The last batch may be short: it is padded, and the padding has weight 0. `state.step` tells which epoch this is.
@@ -294,14 +311,14 @@ def train_epoch(
         dropout_rate: Traced.
 
     Returns:
-        The state ceil(n / batch_size) steps later, and the mean of the batch losses.
+        The state ceil(n / batch_size) steps later, and the loss of each batch.
 
     >>> config = TrainConfig(batch_size=2)
     >>> train = Batch(jnp.zeros((5, 28, 28), jnp.uint8), jnp.arange(5))
     >>> key = jax.random.key(0)
-    >>> state, loss = train_epoch(init_state(key, config=config), train, key, config=config, dropout_rate=0.0)
-    >>> int(state.step)
-    3
+    >>> state, losses = train_epoch(init_state(key, config=config), train, key, config=config, dropout_rate=0.0)
+    >>> int(state.step), losses.shape
+    (3, (3,))
     """
     n = len(train.labels)
     steps = -(-n // config.batch_size)
@@ -319,13 +336,12 @@ def train_epoch(
         state, metrics = train_step(state, batch, key, config=config, dropout_rate=dropout_rate, weights=weights)
         return state, metrics.loss
 
-    state, losses = jax.lax.scan(step, state, (indices, weights, step_keys))
-    return state, losses.mean()
+    return jax.lax.scan(step, state, (indices, weights, step_keys))
 
 
 @functools.partial(jax.jit, static_argnames="config")
 def train_and_evaluate_epoch(
-    state: TrainState,
+    lane: Lane,
     train: Batch,
     train_eval: Batch,
     validation: Batch,
@@ -333,11 +349,13 @@ def train_and_evaluate_epoch(
     *,
     config: TrainConfig,
     dropout_rate: float | Float[Array, ""],
-) -> tuple[TrainState, History]:
+) -> tuple[Lane, Outcome]:
     """Take one epoch and both evaluations after it, as one compiled program.
 
+    If a loss is not finite, the lane stays where it was.
+
     Args:
-        state: Where training stands, between two epochs.
+        lane: Where the run stands, between two epochs; `start_lane` makes the first.
         train: The training examples.
         train_eval: The examples that the fair training loss is measured on.
         validation: The validation examples.
@@ -348,14 +366,33 @@ def train_and_evaluate_epoch(
     >>> config = TrainConfig(batch_size=2)
     >>> data = Batch(jnp.zeros((5, 28, 28), jnp.uint8), jnp.arange(5))
     >>> key = jax.random.key(0)
-    >>> state = init_state(key, config=config)
-    >>> state, history = train_and_evaluate_epoch(state, data, data, data, key, config=config, dropout_rate=0.0)
-    >>> history.train.loss.item() == history.validation.loss.item()
+    >>> lane = start_lane(init_state(key, config=config))
+    >>> lane, outcome = train_and_evaluate_epoch(lane, data, data, data, key, config=config, dropout_rate=0.0)
+    >>> outcome.history.train.loss.item() == outcome.history.validation.loss.item() == lane.best.loss.item()
     True
     """
-    state, running_loss = train_epoch(state, train, key, config=config, dropout_rate=dropout_rate)
-    metrics = [evaluate(state.params, batch, config=config) for batch in (train_eval, validation)]
-    return state, History(running_loss, *metrics)
+    state, losses = train_epoch(lane.state, train, key, config=config, dropout_rate=dropout_rate)
+    on_train, on_validation = (evaluate(state.params, batch, config=config) for batch in (train_eval, validation))
+    history = History(losses.mean(), on_train, on_validation)
+
+    finite = jnp.isfinite(losses.mean() + on_train.loss + on_validation.loss)
+    state = _where(finite, state, lane.state)
+    history = jax.tree.map(lambda leaf: jnp.where(finite, leaf, jnp.nan), history)
+    best = _where(finite & (on_validation.loss < lane.best.loss), Best(state.params, on_validation.loss), lane.best)
+    good_steps = jnp.cumprod(jnp.isfinite(losses)).sum()
+    return Lane(state, best), Outcome(history, good_steps)
+
+
+def start_lane(state: TrainState) -> Lane:
+    """Begin a run: nothing has been measured yet.
+
+    Args:
+        state: Where to start.
+
+    >>> start_lane(init_state(jax.random.key(0))).best.loss.item()
+    inf
+    """
+    return Lane(state, Best(state.params, jnp.array(jnp.inf, jnp.result_type(float))))
 
 
 def fit(
@@ -366,7 +403,9 @@ def fit(
     config: TrainConfig = TrainConfig(),
     dropout_rate: float = 0.0,
     epochs: int = 30,
+    start: TrainState | None = None,
     on_epoch: OnEpoch | None = None,
+    checkpoint: Checkpoints | str | os.PathLike | None = None,
 ) -> Run:
     """Train one network and measure it after every epoch.
 
@@ -380,15 +419,21 @@ def fit(
         config: What is fixed at compile time.
         dropout_rate: Share of hidden units to drop, in [0, 1).
         epochs: Passes over the training set, at least 1.
-        on_epoch: Called after each epoch with an `EpochEnd`.
+        start: Where to start; `init_state(key, config=config)` by default.
+        on_epoch: Called after each epoch that is trained, with an `EpochEnd`.
+        checkpoint: A directory to save to and to go on from, or `Checkpoints` with more to say. A run that was killed
+            goes on from there, and ends with the same bytes as one that was not.
 
     Returns:
-        The final state, and a History of NumPy arrays [epochs]. Ctrl-C ends the run after the last complete epoch: the
-        History is then shorter than was asked for.
+        The final state, a History of NumPy arrays [epochs], and the best parameters. Ctrl-C ends the run after the
+        epoch that is under way: the History is then shorter than was asked for. A second one ends it at once. SIGTERM
+        does the same if there is a checkpoint directory, and then ends the process.
 
     Raises:
         TypeError: An argument has the wrong type or dtype.
-        ValueError: An argument is out of range or has the wrong shape.
+        ValueError: An argument is out of range or has the wrong shape, or `checkpoint` belongs to another run.
+        NonFiniteLossError: A loss was infinite or not a number.
+        OSError: The checkpoint directory cannot be written, or another run uses it.
 
     >>> data = Batch(np.zeros((100, 28, 28), np.uint8), np.arange(100, dtype=np.int32) % 10)
     >>> run = fit(data, data, key=jax.random.key(0), dropout_rate=0.2, epochs=2)
@@ -397,60 +442,189 @@ def fit(
     """
     _check_key(key)
     check_rate(dropout_rate)
+    check_epochs(epochs)
     train_eval = train_eval_part(train, config)
     check_batch(validation, "validation")
+    steps = -(-len(train.labels) // config.batch_size)
+    if start is not None:
+        _check_start(start, config, steps)
+    identity = {
+        "program": "fit",
+        "dropout_rate": float(dropout_rate),
+        "key": [str(jax.random.key_impl(key)), *np.asarray(jax.random.key_data(key)).tolist()],
+        "start": None if start is None else content_digest(start),
+    }
     data = jax.tree.map(jnp.array, (train, train_eval, validation))
 
-    def epoch(state):
-        state, history = train_and_evaluate_epoch(state, *data, key, config=config, dropout_rate=dropout_rate)
-        return state, jax.device_get(history)
+    def epoch(lane):
+        return train_and_evaluate_epoch(lane, *data, key, config=config, dropout_rate=dropout_rate)
 
-    start = init_state(key, config=config)
-    return run_epochs(epoch, start, epochs=epochs, dropout_rates=(float(dropout_rate),), on_epoch=on_epoch)
+    lane = start_lane(init_state(key, config=config) if start is None else jax.tree.map(jnp.asarray, start))
+    with open_store(checkpoint, identity, config=config, train=train, validation=validation) as store:
+        return run_epochs(
+            epoch,
+            lane,
+            epochs=epochs,
+            steps=steps,
+            dropout_rates=(float(dropout_rate),),
+            names=np.array(f"dropout {dropout_rate:g}"),
+            on_epoch=on_epoch,
+            store=store,
+        )
+
+
+def open_store(
+    checkpoint: Checkpoints | str | os.PathLike | None,
+    identity: dict[str, Any],
+    *,
+    config: TrainConfig,
+    train: Batch,
+    validation: Batch,
+    **circumstances: Any,
+) -> contextlib.AbstractContextManager[Store | None]:
+    """Open the directory that a run saves to, if there is one.
+
+    Args:
+        checkpoint: As `fit` takes it.
+        identity: What sets this run apart, beside the config and the data.
+        config: The run's config.
+        train: The training examples.
+        validation: The validation examples.
+        **circumstances: How the run is laid out, beside its devices.
+
+    >>> data = Batch(np.zeros((5, 28, 28), np.uint8), np.arange(5))
+    >>> with open_store(None, {}, config=TrainConfig(), train=data, validation=data) as store:
+    ...     store is None
+    True
+    """
+    if checkpoint is None:
+        return contextlib.nullcontext()
+    if not isinstance(checkpoint, Checkpoints):
+        checkpoint = Checkpoints(checkpoint)
+    identity = identity | {
+        "config": dataclasses.asdict(config),
+        "data": {"train": content_digest(train), "validation": content_digest(validation)},
+    }
+    device = jax.devices()[0]
+    layout = {"platform": device.platform, "device": device.device_kind, "devices": jax.device_count()}
+    return Store(checkpoint, identity=identity, circumstances=layout | circumstances)
+
+
+def _fetch(tree):
+    return jax.device_get(tree)
+
+
+def _place(tree):
+    return jax.tree.map(jnp.asarray, tree)
 
 
 def run_epochs(
-    epoch: Callable[[TrainState], tuple[TrainState, History]],
-    state: TrainState,
+    epoch: Callable[[Lane], tuple[Lane, Outcome]],
+    lane: Lane,
     *,
     epochs: int,
+    steps: int,
     dropout_rates: tuple[float, ...],
+    names: np.ndarray,
     on_epoch: OnEpoch | None,
+    store: Store | None,
+    to_host: Callable[[Any], Any] = _fetch,
+    to_devices: Callable[[Any], Any] = _place,
 ) -> Run:
-    """Run epochs in turn, report each, and collect what they measured.
+    """Run epochs in turn; report and save each, and collect what they measured.
 
     Args:
-        epoch: Takes the state to the next one, and measures it; the measures are on the host.
-        state: Where to start.
-        epochs: How many, at least 1.
+        epoch: Takes the lane (or all lanes) to the next epoch, on the devices.
+        lane: Where to start, on the devices.
+        epochs: How many.
+        steps: Steps of an epoch.
         dropout_rates: For the reports.
+        names: Name of each lane, in the axes that `to_host` gives: [] or [rates, seeds].
         on_epoch: Receives the reports.
+        store: Where to save and to go on from.
+        to_host: Brings a pytree to the host, as NumPy arrays.
+        to_devices: Brings one back.
 
     Returns:
-        The state after the last complete epoch, and its History with a last axis [epochs]. Ctrl-C ends the run after
-        the epoch that is under way; a second Ctrl-C ends it at once.
+        The state after the last complete epoch, on the devices, and its History with a last axis [epochs].
 
     Raises:
-        TypeError: `epochs` is not an int.
-        ValueError: `epochs` is below 1.
-        KeyboardInterrupt: Not even one epoch was complete.
+        NonFiniteLossError: No lane is left with finite losses.
+        KeyboardInterrupt: Ctrl-C was pressed twice.
     """
-    if not isinstance(epochs, int) or isinstance(epochs, bool):
-        raise TypeError(f"epochs must be an int, got {epochs!r}")
-    if epochs < 1:
-        raise ValueError(f"epochs must be at least 1, got {epochs}")
     rows: list[History] = []
-    try:
-        with _noting_ctrl_c() as pressed:
-            while len(rows) < epochs and not (pressed and rows):
-                after, measured = epoch(state)
-                state, rows = after, [*rows, measured]
-                if on_epoch is not None:
-                    on_epoch(EpochEnd(len(rows), epochs, dropout_rates, measured, functools.partial(_same, state)))
-    except KeyboardInterrupt:
-        if not rows:
-            raise
-    return Run(state, jax.tree.map(lambda *leaves: np.stack(leaves, axis=-1), *rows))
+
+    def run() -> Run:
+        return Run(lane.state, jax.tree.map(lambda *leaves: np.stack(leaves, axis=-1), *rows), lane.best)
+
+    def save() -> None:
+        if store is not None and rows and store.saved != len(rows):
+            loss = rows[-1].validation.loss
+            store.save(len(rows), run()._replace(**to_host(lane)._asdict()), loss=float(loss[np.isfinite(loss)].mean()))
+
+    if store is not None:
+        leaf = np.array(np.nan)
+        found = store.restore(Run(lane.state, History(leaf, Metrics(leaf, leaf), Metrics(leaf, leaf)), lane.best))
+        if found is not None:
+            if found.step > epochs:
+                raise ValueError(
+                    f"epochs is {epochs}, and {store.directory} holds epoch {found.step} of this run; ask for as many, "
+                    "or name another directory"
+                )
+            logger.info("going on after epoch %d of %d, from %s", found.step, epochs, store.directory)
+            lane = to_devices(Lane(found.tree.state, found.tree.best))
+            rows = [jax.tree.map(lambda leaf, i=i: leaf[..., i], found.tree.history) for i in range(found.step)]
+
+    with noting_signals(terminate=store is not None) as noted:
+        while len(rows) < epochs and not (noted and rows):
+            after, outcome = epoch(lane)
+            _wait(outcome)
+            history, good_steps = to_host(outcome)
+            stopped = np.isnan(history.running_loss)
+            before = np.isnan(rows[-1].running_loss) if rows else np.zeros_like(stopped)
+            if (stopped & ~before).any():
+                save()
+                _report_non_finite(stopped, before, good_steps, names, len(rows) + 1, steps, run() if rows else None)
+            lane, rows = after, [*rows, history]
+            if store is not None and len(rows) % store.every == 0:
+                save()
+            if on_epoch is not None:
+                try:
+                    on_epoch(
+                        EpochEnd(len(rows), epochs, dropout_rates, history, lambda state=lane.state: to_host(state))
+                    )
+                except KeyboardInterrupt:
+                    if len(noted) > 1:
+                        raise
+                    break
+        save()
+        if store is not None:
+            store.wait()
+    if noted and noted[0] == signal.SIGTERM and len(rows) < epochs:
+        assert store is not None
+        logger.warning(
+            "stopped by SIGTERM after epoch %d of %d, saved in %s; the same call goes on from there",
+            len(rows),
+            epochs,
+            store.directory,
+        )
+        signal.raise_signal(signal.SIGTERM)
+    return run()
+
+
+def _report_non_finite(stopped, before, good_steps, names, epoch, steps, run) -> None:
+    """Warn of each lane that has just stopped; raise if none is left."""
+    last = ""
+    step = None
+    for index in np.argwhere(stopped & ~before):
+        good = int(good_steps[tuple(index)])
+        step = good + 1 if good < steps else None
+        where = f"step {step} of epoch {epoch}" if step else f"the evaluation after epoch {epoch}"
+        last = f"{names[tuple(index)]}: the loss is not finite in {where}, after {epoch - 1} good epochs"
+        if not stopped.all():
+            warnings.warn(f"{last}; this lane stays there, and its History is NaN from then on", stacklevel=2)
+    if stopped.all():
+        raise NonFiniteLossError(f"{last}; a lower learning_rate may help", epoch=epoch, step=step, run=run)
 
 
 def train_eval_part(train: Batch, config: TrainConfig) -> Batch:
@@ -471,33 +645,15 @@ def train_eval_part(train: Batch, config: TrainConfig) -> Batch:
     return subset(train, size, key=jax.random.key(0))
 
 
-@contextlib.contextmanager
-def _noting_ctrl_c() -> Iterator[list[int]]:
-    """Let the first Ctrl-C only take note, in the list that this yields; a second one interrupts.
-
-    So the epoch that is under way is not lost. The main thread alone may change handlers, and a handler that somebody
-    else has set is left as it is.
-    """
-    pressed: list[int] = []
-
-    def note(number, frame):
-        if pressed:
-            raise KeyboardInterrupt
-        pressed.append(number)
-
-    default = signal.default_int_handler
-    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is default
-    if ours:
-        signal.signal(signal.SIGINT, note)
-    try:
-        yield pressed
-    finally:
-        if ours:
-            signal.signal(signal.SIGINT, default)
+def _wait(tree) -> None:
+    """Wait for a program in Python, where a second Ctrl-C is heard."""
+    for leaf in jax.tree.leaves(tree):
+        while not leaf.is_ready():
+            time.sleep(0.0005)
 
 
-def _same(state: TrainState) -> TrainState:
-    return state
+def _where(condition, yes, no):
+    return jax.tree.map(lambda yes, no: jnp.where(condition, yes, no), yes, no)
 
 
 def _totals(log_probs, labels, weights) -> Metrics:
@@ -520,6 +676,37 @@ def _pad_and_split(tree, n: int, size: int):
         return jnp.pad(leaf, padding).reshape(steps, size, *leaf.shape[1:])
 
     return jax.tree.map(split, tree), split(jnp.ones(n, jnp.result_type(float)))
+
+
+def check_epochs(epochs: Any) -> None:
+    """Refuse a number of epochs that is not a positive int.
+
+    >>> check_epochs(0)
+    Traceback (most recent call last):
+    ValueError: epochs must be at least 1, got 0
+    """
+    if not isinstance(epochs, int) or isinstance(epochs, bool):
+        raise TypeError(f"epochs must be an int, got {epochs!r}")
+    if epochs < 1:
+        raise ValueError(f"epochs must be at least 1, got {epochs}")
+
+
+def _check_start(start: TrainState, config: TrainConfig, steps: int) -> None:
+    expected = jax.eval_shape(functools.partial(init_state, config=config), jax.random.key(0))
+    if jax.tree.structure(start) != jax.tree.structure(expected):
+        raise TypeError(
+            f"start must be a TrainState as init_state gives it for this config, got {jax.tree.structure(start)}"
+        )
+    pairs = zip(jax.tree_util.tree_leaves_with_path(start), jax.tree.leaves(expected), strict=True)
+    for (path, found), leaf in pairs:
+        if (jnp.shape(found), jnp.result_type(found)) != (leaf.shape, leaf.dtype):
+            name = "start" + jax.tree_util.keystr(path)
+            raise ValueError(
+                f"{name} must be {leaf.dtype}{list(leaf.shape)} for this config, "
+                f"got {jnp.result_type(found)}{list(jnp.shape(found))}"
+            )
+    if int(start.step) % steps:
+        raise ValueError(f"start.step must be a multiple of the {steps} steps of an epoch, got {int(start.step)}")
 
 
 def _check_key(key) -> None:

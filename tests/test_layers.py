@@ -12,6 +12,7 @@ import fashion_jax
 PACKAGE = Path(fashion_jax.__file__).parent
 ALLOWED = {
     "__init__": {"config", "data", "evidence", "model", "sweep", "train"},
+    "checkpoint": {"files"},
     "config": set(),
     "data": {"files"},
     "evidence": {"train"},
@@ -21,9 +22,11 @@ ALLOWED = {
     "optimiser": {"config"},
     "plot": {"evidence", "train"},
     "report": {"config", "evidence", "train"},
-    "sweep": {"config", "data", "model", "train"},
+    "script": set(),
+    "signals": set(),
+    "sweep": {"checkpoint", "config", "data", "model", "train"},
     "threefry": set(),
-    "train": {"config", "data", "model", "optimiser"},
+    "train": {"checkpoint", "config", "data", "model", "optimiser", "signals"},
 }
 # A type lives with the function that makes it; these modules read results and train nothing.
 TYPES_ONLY = {"evidence": {"History"}, "log": {"EpochEnd"}, "plot": {"History"}, "report": {"History", "Metrics"}}

@@ -294,7 +294,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
         process.kill()
         process.communicate()
     assert process.returncode == 130
-    assert "of 100000; run the command again for all" in errors
+    assert "of 100000; run the command again to train all" in errors
     results = json.loads((tmp_path / "history.json").read_text())
     assert np.shape(results["arms"]["no dropout"]["running_loss"])[1] >= 3
 

@@ -7,7 +7,15 @@ import numpy as np
 import pytest
 
 from fashion_jax import Batch, FashionMLP, TrainConfig, fit, train
-from fashion_jax.train import evaluate, init_state, split_key, train_and_evaluate_epoch, train_epoch, train_step
+from fashion_jax.train import (
+    evaluate,
+    init_state,
+    split_key,
+    start_lane,
+    train_and_evaluate_epoch,
+    train_epoch,
+    train_step,
+)
 
 CONFIG = TrainConfig()
 KEY = jax.random.key(0)
@@ -126,7 +134,7 @@ def test_an_epoch_takes_every_example_once_in_a_new_order(small, monkeypatch):
     state = init_state(KEY, config=config)
     orders = []
     for epoch in range(2):
-        state, running_loss = train_epoch(state, numbered, KEY, config=config, dropout_rate=0.2)
+        state, losses = train_epoch(state, numbered, KEY, config=config, dropout_rate=0.2)
         jax.effects_barrier()
         assert len(seen) == 16
         sizes = [int(weights.sum()) for _, _, weights, _ in seen]
@@ -136,7 +144,7 @@ def test_an_epoch_takes_every_example_once_in_a_new_order(small, monkeypatch):
         np.testing.assert_array_equal(np.concatenate([labels for _, labels, _, _ in seen])[:1000], small.labels[order])
         assert len({tuple(key) for *_, key in seen}) == 16
         assert int(state.step) == 16 * (epoch + 1)
-        assert running_loss.shape == ()
+        assert losses.shape == (16,)
         orders.append(order)
         seen.clear()
     assert not (orders[0] == orders[1]).all()
@@ -159,8 +167,8 @@ def test_an_epoch_is_its_steps_with_a_short_last_batch(small):
         key = jax.random.fold_in(epoch_key, step)
         state, metrics = train_step(state, batch, key, config=CONFIG, dropout_rate=0.0)
         losses.append(float(metrics.loss))
-    compiled, running_loss = train_epoch(start, data, KEY, config=CONFIG, dropout_rate=0.0)
-    assert float(running_loss) == pytest.approx(np.mean(losses), rel=1e-5)
+    compiled, compiled_losses = train_epoch(start, data, KEY, config=CONFIG, dropout_rate=0.0)
+    np.testing.assert_allclose(compiled_losses, losses, rtol=1e-5)
     assert_trees_close(compiled.params, state.params, atol=1e-4)
 
 
@@ -331,7 +339,10 @@ def test_fit_refuses_bad_data(small, spoil, error, message, position, unchecked)
 def test_the_epoch_with_evaluation_is_the_epoch_and_the_evaluations(small):
     data = to_device(small)
     state = init_state(KEY)
-    expected, running_loss = train_epoch(state, data, KEY, config=CONFIG, dropout_rate=0.2)
-    actual, history = train_and_evaluate_epoch(state, data, data, data, KEY, config=CONFIG, dropout_rate=0.2)
-    assert_trees_close(actual.params, expected.params, atol=1e-5)
-    assert float(history.running_loss) == pytest.approx(float(running_loss), rel=1e-5)
+    expected, losses = train_epoch(state, data, KEY, config=CONFIG, dropout_rate=0.2)
+    lane, (history, good_steps) = train_and_evaluate_epoch(
+        start_lane(state), data, data, data, KEY, config=CONFIG, dropout_rate=0.2
+    )
+    assert_trees_close(lane.state.params, expected.params, atol=1e-5)
+    assert float(history.running_loss) == pytest.approx(float(losses.mean()), rel=1e-5)
+    assert int(good_steps) == len(losses)

@@ -1,0 +1,439 @@
+"""Checkpoints: pytrees of arrays in a directory, verified whenever they are read.
+
+orbax stores them, in the background, and removes old ones. It restores flipped bits without a word, though, so each
+checkpoint has a seal: a file with the SHA-256 of the arrays and of every other file, written last. What has no seal was
+never finished, and what does not match its seal is damaged; neither is used.
+
+    DIR/fashion_jax.lock      held by the run that writes here
+    DIR/12/                   the checkpoint of step 12: orbax's files
+    DIR/12/seal.json          digests, and what the run is: config, data, seed, versions, devices
+"""
+
+import contextlib
+import errno
+import hashlib
+import importlib.metadata
+import json
+import logging
+import math
+import os
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from fashion_jax.files import write_atomically
+
+try:
+    import fcntl
+except ImportError:  # Windows has no flock; two runs in one directory go unnoticed there.
+    fcntl = None
+
+SEAL, LOCK, FORMAT = "seal.json", "fashion_jax.lock", 1
+logger = logging.getLogger(__name__)
+
+
+class Checkpoints(NamedTuple):
+    """Where and how often a run is saved; `fit` and `sweep` take one, or just the directory.
+
+    Attributes:
+        directory: A directory of its own for each run; made if it is missing.
+        every: Epochs between two checkpoints. The last epoch is always saved.
+        keep: How many of the newest are kept, beside the one with the lowest validation loss.
+    """
+
+    directory: str | os.PathLike
+    every: int = 1
+    keep: int = 3
+
+
+class Checkpoint(NamedTuple):
+    """What a directory gave back.
+
+    Attributes:
+        step: Its number.
+        tree: NumPy arrays, in the structure that was asked for.
+        identity: What the run is that made it.
+        circumstances: What it ran on.
+    """
+
+    step: int
+    tree: Any
+    identity: dict[str, Any]
+    circumstances: dict[str, Any]
+
+
+class DamagedError(ValueError):
+    """A checkpoint that does not match its seal, or a directory with nothing else."""
+
+
+def content_digest(tree: Any) -> str:
+    """Give the SHA-256 of a pytree of arrays: of every leaf's name, dtype, shape and bytes.
+
+    Args:
+        tree: Leaves are NumPy or JAX arrays.
+
+    >>> ones = np.ones(3, np.float32)
+    >>> content_digest({"a": ones}) == content_digest({"a": ones.copy()})
+    True
+    >>> content_digest({"a": ones}) == content_digest({"a": np.ones(3, np.float64)})
+    False
+    """
+    digest = hashlib.sha256()
+    for name, leaf in _flatten(tree).items():
+        digest.update(json.dumps([name, leaf.dtype.str, leaf.shape]).encode())
+        digest.update(np.ascontiguousarray(leaf).data)
+    return digest.hexdigest()
+
+
+def restore(directory: str | os.PathLike, like: Any) -> Checkpoint | None:
+    """Read the newest checkpoint that is not damaged; warn of those that are.
+
+    Args:
+        directory: Holds the checkpoints.
+        like: A pytree with the structure that was saved; its leaves do not matter.
+
+    Returns:
+        The checkpoint, or None if there is none.
+
+    Raises:
+        DamagedError: There are checkpoints, and all are damaged.
+        ValueError: The directory holds something else, or the checkpoint has another structure.
+
+    >>> import tempfile
+    >>> restore(tempfile.mkdtemp(), like={}) is None
+    True
+    """
+    directory = Path(directory)
+    _refuse_other_directories(directory)
+    damaged = []
+    for step in sorted(_steps(directory), reverse=True):
+        path = directory / str(step)
+        if not (path / SEAL).exists():
+            damaged.append(f"{path} has no {SEAL}: it was never finished, or the file is lost")
+        else:
+            try:
+                return _read(path, like)
+            except DamagedError as error:
+                damaged.append(str(error))
+        warnings.warn(f"{damaged[-1]}; the checkpoint before it is used", stacklevel=2)
+    if damaged:
+        raise DamagedError(
+            f"no checkpoint in {directory} can be used ({'; '.join(damaged)}); remove the directory to start anew"
+        )
+    return None
+
+
+class Store:
+    """A directory that one run saves to: locked, saved in the background, rotated by orbax.
+
+    Args:
+        checkpoints: Which directory, and what is kept.
+        identity: What the run is, as JSON values: a checkpoint of another run is refused. The number of steps is not
+            part of it, so a run can be prolonged.
+        circumstances: What it runs on, as JSON values; another device is reported, and accepted.
+
+    Raises:
+        TypeError, ValueError: A field of `checkpoints` is wrong.
+        OSError: The directory cannot be written, or another run is using it.
+
+    >>> import tempfile
+    >>> tree = {"weights": np.ones(3)}
+    >>> with Store(Checkpoints(tempfile.mkdtemp()), identity={"seed": 0}) as store:
+    ...     assert store.restore(tree) is None
+    ...     store.save(1, tree, loss=0.5)
+    ...     store.wait()
+    ...     print(store.restore(tree).step)
+    1
+    """
+
+    def __init__(
+        self,
+        checkpoints: Checkpoints,
+        *,
+        identity: Mapping[str, Any],
+        circumstances: Mapping[str, Any] | None = None,
+    ):
+        for name in ("every", "keep"):
+            value = getattr(checkpoints, name)
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise TypeError(f"checkpoint.{name} must be an int, got {value!r}")
+            if value < 1:
+                raise ValueError(f"checkpoint.{name} must be at least 1, got {value}")
+        self.directory, self.every, self._keep = Path(checkpoints.directory).absolute(), *checkpoints[1:]
+        self._identity = json.loads(json.dumps(identity))
+        self._circumstances = json.loads(json.dumps({**(circumstances or {}), "versions": _versions()}))
+        self._writes = jax.process_index() == 0
+        self._manager: Any = None
+        self._losses: dict[int, float] = {}
+        self._background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._saving: tuple[int, Future] | None = None
+        self.saved: int | None = None
+        _refuse_other_directories(self.directory)
+        self._lock = self._take_lock() if self._writes else None
+
+    def __enter__(self) -> "Store":
+        return self
+
+    def __exit__(self, *_) -> None:
+        try:
+            self.wait()
+        finally:
+            self._background.shutdown()
+            if self._manager is not None:
+                with contextlib.suppress(Exception):
+                    self._manager.close()
+            if self._lock is not None:
+                os.close(self._lock)
+
+    def restore(self, like: Any) -> Checkpoint | None:
+        """Read the newest good checkpoint of this run, and clear away what is newer or unfinished.
+
+        Args:
+            like: A pytree with the structure that was saved.
+
+        Raises:
+            DamagedError: All checkpoints are damaged.
+            ValueError: The directory holds the checkpoints of another run; they are left alone.
+        """
+        try:
+            found = restore(self.directory, like)
+        except DamagedError:
+            if any((self.directory / str(step) / SEAL).exists() for step in _steps(self.directory)):
+                raise
+            # The very first one was cut off.
+            found = None
+        if found is not None:
+            self._refuse_another_run(found.identity)
+            for name, (then, now) in _differences(found.circumstances, self._circumstances).items():
+                logger.info("%s was %s and is %s: going on within rounding, not bit by bit", name, then, now)
+        if jax.process_count() > 1:
+            step = -1 if found is None else found.step
+            multihost_utils.assert_equal(
+                np.int32(step), f"each process must see the same checkpoints in {self.directory}; share the directory"
+            )
+        if self._writes:
+            for step in _steps(self.directory):
+                path = self.directory / str(step)
+                loss = _loss(path) if found is not None and step <= found.step else None
+                if loss is None:
+                    shutil.rmtree(path)
+                else:
+                    self._losses[step] = loss
+        self.saved = None if found is None else found.step
+        return found
+
+    def save(self, step: int, tree: Any, *, loss: float) -> None:
+        """Save a pytree; it is written in the background, after the one before it is complete.
+
+        Args:
+            step: Its number; higher than any before.
+            tree: Leaves are NumPy arrays, which must not change until the next call.
+            loss: The checkpoint with the lowest is kept.
+
+        Raises:
+            OSError: This checkpoint, or the one before, could not be written; what was complete stays.
+        """
+        if self._writes:
+            import orbax.checkpoint as ocp
+
+            arrays = _flatten(tree)
+            self.wait()
+            self._losses[step] = loss if math.isfinite(loss) else math.inf
+            seal = {
+                "format": FORMAT,
+                "step": step,
+                "loss": loss if math.isfinite(loss) else None,
+                "identity": self._identity,
+                "circumstances": self._circumstances,
+                "arrays": content_digest(tree),
+            }
+            with self._explained(step):
+                manager = self._open(ocp)
+                manager.save(step, args=ocp.args.StandardSave(arrays))
+            self._saving = step, self._background.submit(self._seal, step, seal)
+        self.saved = step
+
+    def wait(self) -> None:
+        """Wait until the last checkpoint is complete.
+
+        Raises:
+            OSError: It could not be written.
+        """
+        if self._saving is not None:
+            step, saving = self._saving
+            self._saving = None
+            with self._explained(step):
+                saving.result()
+
+    def _open(self, ocp):
+        if self._manager is None:
+            self._manager = ocp.CheckpointManager(
+                self.directory,
+                options=ocp.CheckpointManagerOptions(
+                    preservation_policy=self,
+                    create=False,
+                    cleanup_tmp_directories=True,
+                    multiprocessing_options=ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0}),
+                ),
+            )
+        return self._manager
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """Tell orbax which checkpoints to keep: the newest, and the best."""
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        best = min(steps, key=lambda step: self._losses.get(step, math.inf), default=None)
+        # One more than was asked for, because orbax removes old ones before the new one has its seal.
+        newest = sorted(steps)[-self._keep - 1 :]
+        return [step == best or step in newest for step in steps]
+
+    def _seal(self, step: int, seal: dict[str, Any]) -> None:
+        self._manager.wait_until_finished()
+        path = self.directory / str(step)
+        seal |= {"files": {name: _sha256(path / name) for name in _files(path)}}
+        write_atomically(path / SEAL, json.dumps({**seal, "seal": _seal_digest(seal)}, indent=1) + "\n")
+
+    @contextlib.contextmanager
+    def _explained(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            complete = sorted(other for other in _steps(self.directory) if other < step)
+            kept = f"the checkpoint of step {complete[-1]} is intact" if complete else "there is none before it"
+            reason = str(error).splitlines()[0]
+            raise OSError(f"cannot save step {step} to {self.directory}: {reason}; {kept}") from error
+
+    def _refuse_another_run(self, identity: dict[str, Any]) -> None:
+        differences = _differences(identity, self._identity)
+        if differences:
+            listed = "; ".join(f"{name} is {then} there and {now} here" for name, (then, now) in differences.items())
+            raise ValueError(
+                f"{self.directory} holds the checkpoints of another run: {listed}. Name another directory, or remove it"
+            )
+
+    def _take_lock(self) -> int:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        lock = os.open(self.directory / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            if fcntl is not None:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            raise BlockingIOError(
+                errno.EWOULDBLOCK,
+                "another run is saving its checkpoints here; wait for it, or name another directory",
+                str(self.directory),
+            ) from None
+        return lock
+
+
+def _refuse_other_directories(directory: Path) -> None:
+    """A directory in which checkpoints come and go must not hold anything else."""
+    if directory.exists() and not directory.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "checkpoints need a directory", str(directory))
+    if directory.is_dir() and not (directory / LOCK).exists():
+        others = sorted(path.name for path in directory.iterdir())
+        if others:
+            raise ValueError(
+                f"{directory} is not a directory of checkpoints: it has no {LOCK}, and holds {others[0]!r}. "
+                "Name an empty directory, or one that does not exist"
+            )
+
+
+def _steps(directory: Path) -> list[int]:
+    return [int(path.name) for path in directory.glob("*") if path.name.isdecimal() and path.is_dir()]
+
+
+def _files(path: Path) -> list[str]:
+    names = (file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
+    return sorted(name for name in names if Path(name).name != SEAL)
+
+
+def _read_seal(path: Path) -> dict[str, Any]:
+    try:
+        seal = json.loads((path / SEAL).read_bytes())
+        expected = seal.pop("seal")
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise DamagedError(f"{path / SEAL} is damaged: {error!r}") from error
+    if expected != _seal_digest(seal):
+        raise DamagedError(f"{path / SEAL} is damaged: its SHA-256 does not match")
+    if seal["format"] != FORMAT:
+        raise ValueError(f"{path} has format {seal['format']}, and this version reads {FORMAT}")
+    return seal
+
+
+def _loss(path: Path) -> float | None:
+    """Give the loss of a checkpoint, or None if it was cut off, while it was written or while it was removed."""
+    try:
+        seal = _read_seal(path)
+    except DamagedError:
+        return None
+    complete = set(seal["files"]) <= set(_files(path))
+    return (math.inf if seal["loss"] is None else seal["loss"]) if complete else None
+
+
+def _read(path: Path, like: Any) -> Checkpoint:
+    import orbax.checkpoint as ocp
+
+    seal = _read_seal(path)
+    for name, expected in seal["files"].items():
+        file = path / name
+        if not file.is_file():
+            raise DamagedError(f"{file} is missing")
+        if _sha256(file) != expected:
+            raise DamagedError(f"{file} is damaged: its SHA-256 does not match")
+    if seal["step"] != int(path.name):
+        raise DamagedError(f"{path} is the checkpoint of step {seal['step']}")
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            arrays = checkpointer.restore(path / "default")
+    except Exception as error:
+        raise DamagedError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+    names, structure = _names(like)
+    if set(arrays) != set(names):
+        wrong = sorted(set(arrays) ^ set(names))
+        raise ValueError(f"{path} holds other arrays than this run has: {', '.join(wrong)}")
+    tree = jax.tree.unflatten(structure, [np.asarray(arrays[name]) for name in names])
+    if content_digest(tree) != seal["arrays"]:
+        raise DamagedError(f"{path} is damaged: the SHA-256 of its arrays does not match")
+    return Checkpoint(seal["step"], tree, seal["identity"], seal["circumstances"])
+
+
+def _names(tree: Any):
+    leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
+    return [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves], structure
+
+
+def _flatten(tree: Any) -> dict[str, np.ndarray]:
+    names, _ = _names(tree)
+    return dict(zip(names, map(np.asarray, jax.tree.leaves(tree)), strict=True))
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _seal_digest(seal: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(seal, sort_keys=True).encode()).hexdigest()
+
+
+def _differences(then: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    differences: dict[str, tuple[Any, Any]] = {}
+    for name in sorted({*then, *now}):
+        was, is_ = then.get(name), now.get(name)
+        if isinstance(was, Mapping) and isinstance(is_, Mapping):
+            differences |= _differences(was, is_, f"{prefix}{name}.")
+        elif was != is_:
+            differences[prefix + name] = was, is_
+    return differences
+
+
+def _versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in ("fashion_jax", "jax", "jaxlib")}

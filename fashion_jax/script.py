@@ -1,0 +1,40 @@
+"""How a script begins and ends: its log on standard error, its errors in one line, the conventional exit status."""
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+INTERRUPTED = 130
+# What a user can mend. Anything else is a mistake of ours, and keeps its traceback.
+EXPECTED = (ValueError, TypeError, OSError, MemoryError, FloatingPointError)
+
+
+def run_script(main: Callable[[Any], int], flags: Any) -> NoReturn:
+    """Run a script's main function, and exit.
+
+    Args:
+        main: Takes the flags and returns the exit status.
+        flags: If they have a `checkpoint`, whoever interrupts is told that the run goes on from there.
+
+    Raises:
+        SystemExit: Always; with the status of `main`, or 1 and one line on standard error.
+
+    >>> run_script(lambda flags: 3, None)
+    Traceback (most recent call last):
+    SystemExit: 3
+    """
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("fashion_jax").setLevel(logging.INFO)
+    try:
+        sys.exit(main(flags))
+    except EXPECTED as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        checkpoint = getattr(flags, "checkpoint", None)
+        rest = f"the same command goes on from {checkpoint}" if checkpoint else "no results were written"
+        print(f"stopped at once; {rest}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        # An orderly exit waits for the compiled program that is under way, which may be a long epoch.
+        os._exit(INTERRUPTED)
