@@ -297,7 +297,7 @@ class Store:
         self._manager.wait_until_finished()
         path = self.directory / str(step)
         seal |= {"files": {name: _sha256(path / name) for name in _files(path)}}
-        write_atomically(path / SEAL, json.dumps({**seal, "seal": _seal_digest(seal)}, indent=1) + "\n")
+        write_atomically(path / SEAL, json.dumps({**seal, "seal": _seal_digest(seal)}, indent=1))
 
     @contextlib.contextmanager
     def _explained(self, step: int) -> Iterator[None]:

@@ -200,9 +200,19 @@ def _lane_bytes(config: TrainConfig) -> int:
     """Estimate what a lane takes while it trains."""
     widths = (784, *config.hidden, 10)
     params = sum((a + 1) * b for a, b in itertools.pairwise(widths))
-    # Parameters, two moments, a gradient and the best parameters, and old and new of most; hidden units forward and
+    # Parameters, two moments and the best parameters, old and new of each, and a gradient; hidden units forward and
     # backward.
     return 4 * (9 * params + 4 * sum(widths) * config.batch_size + 2 * sum(widths[1:]) * config.eval_batch_size)
+
+
+def _too_many(lanes: int, mesh: Mesh, lanes_at_once: int, config: TrainConfig) -> MemoryError:
+    # The CPU's devices share its memory.
+    share = mesh.size if mesh.devices.flat[0].platform == "cpu" else 1
+    room = int(_memory(mesh.devices.flat[0]) / _lane_bytes(config) / share) * mesh.size
+    return MemoryError(
+        f"{lanes} lanes on {mesh.size} devices, {lanes_at_once} at once on each, do not fit into their memory; about "
+        f"{room} lanes of this config do. Use fewer seeds or dropout_rates, or a lower lanes_at_once"
+    )
 
 
 def _within(checkpoint, name: str) -> Checkpoints | None:
@@ -222,12 +232,17 @@ def _sweep(
     if lanes_at_once < 1:
         raise ValueError(f"lanes_at_once must be at least 1, got {lanes_at_once}")
 
+    lanes = len(seeds) * len(dropout_rates)
+    on_each = -(-lanes // mesh.size) * (mesh.size if mesh.devices.flat[0].platform == "cpu" else 1)
+    if on_each * _lane_bytes(config) > _memory(mesh.devices.flat[0]):
+        raise _too_many(lanes, mesh, lanes_at_once, config)
+
     # Rates vary slowest, as in the result; lanes that only fill up the last device repeat the first.
     axes = len(dropout_rates), len(seeds)
     keys = np.stack([np.asarray(jax.random.key_data(jax.random.key(seed))) for seed in seeds])
     keys = np.tile(keys, (len(dropout_rates), 1))
     rates = np.repeat(np.array(dropout_rates, np.float32), len(seeds))
-    filled = np.resize(np.arange(len(rates)), -(-len(rates) // mesh.size) * mesh.size)
+    filled = np.resize(np.arange(lanes), -(-lanes // mesh.size) * mesh.size)
     keys, rates = (_place(leaf[filled], mesh, P("lanes")) for leaf in (keys, rates))
     data = jax.tree.map(
         lambda leaf: _place(np.asarray(leaf), mesh, P()), (train, train_eval_part(train, config), validation)
@@ -237,9 +252,7 @@ def _sweep(
         # Reshaping where the lanes are would take a collective.
         if jax.process_count() > 1:
             tree = multihost_utils.process_allgather(tree, tiled=True)
-        return jax.tree.map(
-            lambda leaf: leaf[: len(seeds) * len(dropout_rates)].reshape(axes + leaf.shape[1:]), jax.device_get(tree)
-        )
+        return jax.tree.map(lambda leaf: leaf[:lanes].reshape(axes + leaf.shape[1:]), jax.device_get(tree))
 
     def to_devices(tree):
         return jax.tree.map(
@@ -247,8 +260,8 @@ def _sweep(
             tree,
         )
 
-    def epoch(lanes):
-        return _epoch(lanes, *data, keys, rates, config=config, mesh=mesh, lanes_at_once=lanes_at_once)
+    def epoch(lane):
+        return _epoch(lane, *data, keys, rates, config=config, mesh=mesh, lanes_at_once=lanes_at_once)
 
     identity = {"program": "sweep", "seeds": list(map(int, seeds)), "dropout_rates": dropout_rates}
     layout = {"devices": mesh.size, "lanes_at_once": lanes_at_once}
@@ -270,12 +283,7 @@ def _sweep(
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        device = mesh.devices.flat[0]
-        room = int(MEMORY_SHARE * _memory(device) / _lane_bytes(config))
-        raise MemoryError(
-            f"{len(filled)} lanes on {mesh.size} devices, {lanes_at_once} at once on each, do not fit; about "
-            f"{room * mesh.size} lanes of this config do. Use fewer seeds or dropout_rates, or a lower lanes_at_once"
-        ) from error
+        raise _too_many(lanes, mesh, lanes_at_once, config) from error
 
 
 def _place(array: np.ndarray, mesh: Mesh, spec: P) -> jax.Array:

@@ -194,6 +194,15 @@ def test_only_as_many_lanes_as_fit():
     assert lanes_that_fit(jax.devices("cpu")[0], TrainConfig()) == 1
 
 
+def test_too_many_lanes_say_how_many_fit(small, validation):
+    config = TrainConfig(hidden=(1_000_000,))
+    message = (
+        r"6 lanes on 1 devices, 1 at once on each, do not fit into their memory; about [0-5] lanes of this config do"
+    )
+    with pytest.raises(MemoryError, match=message):
+        sweep_all(small, validation, config=config)
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [

@@ -1,0 +1,460 @@
+"""What is saved comes back as it was, or not at all."""
+
+import logging
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from benchmarks.kill_resume import kill_and_resume
+from fashion_jax import TrainConfig, fit
+from fashion_jax.checkpoint import Checkpoints, DamagedError, Store, content_digest, restore
+from fashion_jax.evidence import summarise
+from fashion_jax.sweep import sweep
+from fashion_jax.train import NonFiniteLossError, init_state
+
+ROOT = Path(__file__).parents[1]
+KEY = jax.random.key(1)
+TREE = {"weights": np.arange(300, dtype=np.float32).reshape(3, 100), "step": np.int32(7), "loss": (np.array([0.5]),)}
+
+
+def save(directory, *steps, losses=None, identity=None, keep=3):
+    with Store(Checkpoints(directory, keep=keep), identity=identity or {}) as store:
+        store.restore(TREE)
+        for i, step in enumerate(steps):
+            tree = {**TREE, "step": np.int32(step)}
+            store.save(step, tree, loss=losses[i] if losses else 1.0 / step)
+
+
+def stop_after(*epochs):
+    def stop(end):
+        if end.epoch in epochs:
+            raise KeyboardInterrupt
+
+    return stop
+
+
+def everything(directory: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+# A run that goes on.
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_resumed_run_ends_with_the_same_bytes(small, tmp_path, every):
+    options = {"key": KEY, "dropout_rate": 0.2, "epochs": 5}
+    whole = fit(small, small, **options)
+    checkpoint = Checkpoints(tmp_path / "räum lich", every=every)
+    lengths, run = [], None
+    while not lengths or lengths[-1] < 5:
+        run = fit(small, small, **options, checkpoint=checkpoint, on_epoch=stop_after(1, 2, 4))
+        lengths.append(len(run.history.running_loss))
+    assert lengths == [1, 2, 4, 5]
+    assert content_digest(run) == content_digest(whole)
+
+
+def test_a_finished_run_comes_back_without_training(small, tmp_path):
+    options = {"key": KEY, "epochs": 2, "checkpoint": tmp_path}
+    run = fit(small, small, **options)
+    trained = []
+    again = fit(small, small, **options, on_epoch=trained.append)
+    assert not trained
+    assert content_digest(again) == content_digest(run)
+    longer = fit(small, small, **options | {"epochs": 3})
+    assert content_digest(longer) == content_digest(fit(small, small, key=KEY, epochs=3))
+    with pytest.raises(ValueError, match=r"epochs is 2, and .* holds epoch 3 of this run"):
+        fit(small, small, **options)
+
+
+def test_a_resumed_sweep_ends_with_the_same_bytes(small, tmp_path, caplog):
+    options = {"seeds": [0, 5], "dropout_rates": [0.0, 0.5, 0.2], "epochs": 3}
+    whole = sweep(small, small, **options)
+    sweep(small, small, **options, checkpoint=tmp_path / "a", on_epoch=stop_after(2))
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    run = sweep(small, small, **options, checkpoint=tmp_path / "a")
+    assert content_digest(run) == content_digest(whole)
+
+    with caplog.at_level(logging.INFO, logger="fashion_jax"):
+        other = sweep(small, small, **options, checkpoint=tmp_path / "b", lanes_at_once=2)
+    assert "lanes_at_once was 1 and is 2: going on within rounding, not bit by bit" in caplog.messages
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4), other.history, whole.history)
+
+
+def test_each_size_has_a_directory(small, tmp_path):
+    options = {"seeds": [0], "dropout_rates": [0.2], "epochs": 2, "train_sizes": [100, 300]}
+    whole = sweep(small, small, **options)
+    run = sweep(small, small, **options, checkpoint=tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["100-images", "300-images"]
+    shutil.rmtree(tmp_path / "300-images" / "2")
+    again = sweep(small, small, **options, checkpoint=tmp_path)
+    assert content_digest(again) == content_digest(run) == content_digest(whole)
+
+
+def test_the_best_parameters_survive(small, tmp_path):
+    """They are from an epoch before the interruption, and kept for early stopping."""
+    config = TrainConfig(learning_rate=0.05, train_eval_size=100)
+    options = {"key": KEY, "epochs": 6, "config": config}
+    whole = fit(small, small, **options)
+    best = int(whole.history.validation.loss.argmin()) + 1
+    assert float(whole.best.loss) == whole.history.validation.loss.min()
+    fit(small, small, **options, checkpoint=tmp_path, on_epoch=stop_after(best))
+    run = fit(small, small, **options, checkpoint=tmp_path)
+    assert content_digest(run.best) == content_digest(whole.best)
+    upto = fit(small, small, **options | {"epochs": best})
+    assert content_digest(upto.state.params) == content_digest(whole.best.params)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"config": TrainConfig(learning_rate=0.01)}, "config.learning_rate is 0.003 there and 0.01 here"),
+        ({"key": jax.random.key(2)}, r"key is \['threefry2x32', 0, 1\] there and \['threefry2x32', 0, 2\] here"),
+        ({"dropout_rate": 0.5}, "dropout_rate is 0.0 there and 0.5 here"),
+        ({"start": init_state(KEY)}, "start is None there and "),
+    ],
+)
+def test_another_run_is_refused(small, tmp_path, change, message):
+    fit(small, small, key=KEY, epochs=1, checkpoint=tmp_path)
+    before = everything(tmp_path)
+    with pytest.raises(ValueError, match=f"holds the checkpoints of another run: .*{message}"):
+        fit(small, small, **{"key": KEY, "epochs": 2, "checkpoint": tmp_path} | change)
+    assert everything(tmp_path) == before
+
+
+def test_other_data_and_other_programs_are_refused(small, splits, tmp_path):
+    fit(small, small, key=KEY, epochs=1, checkpoint=tmp_path)
+    labels = small.labels.copy()
+    labels[17] = (labels[17] + 1) % 10
+    with pytest.raises(ValueError, match=r"data\.train is '?\w{64}'? there and '?\w{64}'? here"):
+        fit(small._replace(labels=labels), small, key=KEY, epochs=1, checkpoint=tmp_path)
+    with pytest.raises(ValueError, match="program is fit there and sweep here"):
+        sweep(small, small, seeds=[1], dropout_rates=[0.0], epochs=1, checkpoint=tmp_path)
+
+
+# Processes that end.
+
+
+@pytest.mark.parametrize(("program", "kills"), [("fit", 3), ("sweep", 1)])
+def test_killed_at_random_moments(tmp_path, program, kills):
+    row = kill_and_resume(program, tmp_path, kills=kills, seed=3)
+    assert row["kills"] == kills
+    assert row["runs that differ"] == 0
+
+
+def run_example(*flags, **options) -> subprocess.Popen:
+    # A shell lets what it starts in the background ignore SIGINT, and children inherit that; so it is set here.
+    code = """
+import runpy, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+    command = [sys.executable, "-c", code, "examples/compare_overfit.py", *map(str, flags)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def after_epoch(process: subprocess.Popen, epoch: int) -> None:
+    for line in process.stderr:
+        if line.startswith(f"epoch {epoch}/"):
+            return
+    raise AssertionError(process.communicate())
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "line"),
+    [
+        (signal.SIGTERM, -signal.SIGTERM, "stopped by SIGTERM after epoch"),
+        (signal.SIGINT, 130, "run the command again to go on"),
+        (signal.SIGKILL, -signal.SIGKILL, ""),
+    ],
+)
+def test_the_same_command_gives_the_same_report(tmp_path, number, status, line):
+    flags = ("--seeds", 2, "--epochs", 25, "--train-size", 1000, "--holdout", 0.2, "--checkpoint", tmp_path / "saved")
+    process = run_example(*flags, "--output", tmp_path / "resumed")
+    after_epoch(process, 3)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == status, errors
+    assert line in errors
+
+    resumed = run_example(*flags, "--output", tmp_path / "resumed")
+    out, errors = resumed.communicate(timeout=300)
+    assert resumed.returncode == 0, errors
+    assert "going on after epoch" in errors
+    if number != signal.SIGTERM:
+        return
+    whole = run_example(*flags[:-2], "--output", tmp_path / "whole")
+    expected, _ = whole.communicate(timeout=300)
+    report = [(tmp_path / name / "report.md").read_text() for name in ("resumed", "whole")]
+    assert report[0] == report[1]
+    assert out.replace("resumed", "whole") == expected
+
+
+def test_a_second_ctrl_c_ends_at_once(tmp_path):
+    """During the first epoch of 128 networks, which takes more than a minute."""
+    process = run_example("--seeds", 64, "--output", tmp_path)
+    for line in process.stderr:
+        if line.startswith("Fashion-MNIST from"):
+            break
+    time.sleep(8)
+    process.send_signal(signal.SIGINT)
+    time.sleep(1)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    try:
+        _, errors = process.communicate(timeout=20)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert "stopped at once; no results were written" in errors
+
+
+def run_code(code: str, *arguments) -> subprocess.CompletedProcess:
+    prelude = """
+import resource, sys, time, jax, numpy as np
+from fashion_jax import Batch, fit
+data = Batch(np.zeros((64, 28, 28), np.uint8), np.arange(64, dtype=np.int32) % 10)
+key = jax.random.key(0)
+"""
+    command = [sys.executable, "-W", "error", "-c", prelude + code, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+
+
+def test_two_runs_in_one_directory(small, tmp_path):
+    with Store(Checkpoints(tmp_path), identity={}):
+        with pytest.raises(BlockingIOError, match="another run is saving its checkpoints here"):
+            fit(small, small, key=KEY, epochs=1, checkpoint=tmp_path)
+        other = run_code("fit(data, data, key=key, epochs=1, checkpoint=sys.argv[1])", tmp_path)
+        assert "BlockingIOError" in other.stderr
+    fit(small, small, key=KEY, epochs=1, checkpoint=tmp_path)
+
+
+def test_a_full_disk(tmp_path):
+    """A limit on the size of files stands for it."""
+    code = """
+def fill(end):
+    if end.epoch == 2:
+        time.sleep(2)  # The second checkpoint is complete, the third meets the limit.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+fit(data, data, key=key, epochs=4, checkpoint=sys.argv[1], on_epoch=fill)
+"""
+    full = run_code(code, tmp_path)
+    assert full.returncode == 1
+    assert f"OSError: cannot save step 3 to {tmp_path}" in full.stderr
+    assert "the checkpoint of step 2 is intact" in full.stderr
+    again = run_code(
+        "print(len(fit(data, data, key=key, epochs=4, checkpoint=sys.argv[1]).history.train.loss))", tmp_path
+    )
+    assert again.stdout == "4\n", again.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2", "3", "4", "fashion_jax.lock"]
+
+
+# Files that are damaged.
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+DAMAGES = {
+    "bit flip": flip,
+    "truncation": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    "empty": lambda path: path.write_bytes(b""),
+    "missing": Path.unlink,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_each_damaged_file_is_named_and_the_step_before_is_used(tmp_path, damage):
+    save(tmp_path / "good", 4, 5)
+    files = sorted(
+        path.relative_to(tmp_path / "good") for path in (tmp_path / "good" / "5").rglob("*") if path.is_file()
+    )
+    assert len(files) > 8
+    for file in files:
+        directory = tmp_path / damage / file.as_posix().replace("/", "_")
+        shutil.copytree(tmp_path / "good", directory)
+        DAMAGES[damage](directory / file)
+        with pytest.warns(UserWarning, match=f"{file.name}.*; the checkpoint before it is used"):
+            found = restore(directory, TREE)
+        assert (found.step, int(found.tree["step"])) == (4, 4)
+
+
+def test_when_all_are_damaged_nothing_is_made_up(tmp_path):
+    save(tmp_path, 1, 2)
+    for step in (1, 2):
+        flip(next((tmp_path / str(step) / "default" / "ocdbt.process_0" / "d").iterdir()))
+    before = everything(tmp_path)
+    with pytest.warns(UserWarning, match="SHA-256"), pytest.raises(DamagedError, match="remove the directory"):
+        restore(tmp_path, TREE)
+    with (
+        pytest.warns(UserWarning, match="SHA-256"),
+        pytest.raises(DamagedError, match="no checkpoint in"),
+        Store(Checkpoints(tmp_path), identity={}) as store,
+    ):
+        store.restore(TREE)
+    assert everything(tmp_path) == before
+
+
+def test_a_damaged_checkpoint_is_made_again(small, tmp_path):
+    options = {"key": KEY, "epochs": 3, "checkpoint": tmp_path}
+    run = fit(small, small, **options)
+    flip(tmp_path / "3" / "seal.json")
+    with pytest.warns(UserWarning, match=r"3/seal\.json is damaged"):
+        again = fit(small, small, **options)
+    assert content_digest(again) == content_digest(run)
+    assert restore(tmp_path, again).step == 3
+
+
+def test_swapped_checkpoints_are_noticed(tmp_path):
+    save(tmp_path, 1, 2)
+    (tmp_path / "2").rename(tmp_path / "3")
+    with pytest.warns(UserWarning, match="is the checkpoint of step 2"):
+        assert restore(tmp_path, TREE).step == 1
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path):
+    save(tmp_path, *range(1, 9), losses=[5.0, 1.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0], keep=2)
+    assert sorted(int(path.name) for path in tmp_path.iterdir() if path.is_dir()) == [2, 6, 7, 8]
+    save(tmp_path, 9, 10, losses=[9.0, 10.0], keep=2)
+    assert sorted(int(path.name) for path in tmp_path.iterdir() if path.is_dir()) == [2, 8, 9, 10]
+
+
+@pytest.mark.parametrize("name", ["file", "other"])
+def test_only_a_directory_of_checkpoints_is_touched(tmp_path, name):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "other" / "7").mkdir(parents=True)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises((ValueError, NotADirectoryError), match="directory"):
+        Store(Checkpoints(tmp_path / name), identity={})
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_directory_that_cannot_be_made(tmp_path, small):
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError):
+        fit(small, small, key=KEY, epochs=1, checkpoint=tmp_path / "file" / "deeper")
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"every": 0}, ValueError, r"checkpoint\.every must be at least 1, got 0"),
+        ({"keep": 0}, ValueError, r"checkpoint\.keep must be at least 1"),
+        ({"every": 1.5}, TypeError, r"checkpoint\.every must be an int, got 1\.5"),
+    ],
+)
+def test_bad_fields_are_refused(tmp_path, small, options, error, message, unchecked):
+    with pytest.raises(error, match=message):
+        fit(small, small, key=KEY, epochs=1, checkpoint=Checkpoints(tmp_path / "new", **options))
+    assert not (tmp_path / "new").exists()
+
+
+def test_random_damage_is_never_accepted_with_other_content(tmp_path):
+    save(tmp_path / "good", 5)
+    expected = content_digest(restore(tmp_path / "good", TREE).tree)
+    rng = random.Random(0)
+    refused = 0
+    for case in range(60):
+        directory = tmp_path / str(case)
+        shutil.copytree(tmp_path / "good", directory)
+        damage_at_random(directory, rng)
+        with pytest.warns(UserWarning, match="the checkpoint before it is used") as caught, pytest.raises(DamagedError):
+            assert content_digest(restore(directory, TREE).tree) == expected
+        refused += len(caught) > 0
+    assert refused == 60
+
+
+def damage_at_random(directory: Path, rng: random.Random) -> None:
+    """Change the bytes of one file: flip, cut, insert, swap."""
+    files = sorted(path for path in directory.rglob("*") if path.is_file() and path.stat().st_size)
+    path = rng.choice(files)
+    content = bytearray(path.read_bytes())
+    at = rng.randrange(len(content))
+    kind = rng.choice(["flip", "cut", "insert", "shorten"])
+    if kind == "flip":
+        content[at] ^= 1 << rng.randrange(8)
+    elif kind == "cut":
+        del content[at]
+    elif kind == "insert":
+        content.insert(at, rng.randrange(256))
+    else:
+        del content[at:]
+    path.write_bytes(content)
+
+
+# Numbers that go wrong.
+
+
+@pytest.mark.parametrize("learning_rate", [1e9, 1e30])
+def test_a_loss_that_is_not_finite_stops_the_run(small, learning_rate, tmp_path):
+    config = TrainConfig(learning_rate=learning_rate)
+    with pytest.raises(
+        NonFiniteLossError, match=r"dropout 0\.2: the loss is not finite in step 2 of epoch 1"
+    ) as caught:
+        fit(small, small, key=KEY, config=config, dropout_rate=0.2, epochs=3, checkpoint=tmp_path)
+    assert (caught.value.epoch, caught.value.step, caught.value.run) == (1, 2, None)
+    assert restore(tmp_path, {}) is None
+
+
+def test_an_absurd_loss_that_is_finite_is_not_hidden(small):
+    run = fit(small, small, key=KEY, config=TrainConfig(learning_rate=1e6), epochs=2)
+    assert np.isfinite(run.history.running_loss).all()
+    assert (run.history.running_loss > 1e9).all()
+
+
+def test_a_weight_that_is_not_a_number_stops_the_run(small, tmp_path):
+    good = fit(small, small, key=KEY, epochs=2, checkpoint=tmp_path / "good")
+    params = jax.tree.map(np.array, good.state.params)
+    params["fc2"]["bias"][3] = np.nan
+    with pytest.raises(NonFiniteLossError, match="in step 1 of epoch 1"):
+        fit(small, small, key=KEY, epochs=3, start=good.state._replace(params=params))
+
+
+def test_a_run_that_fails_later_keeps_what_was_good(small, tmp_path):
+    """With dropout the weights grow for some epochs, until a sum of losses overflows."""
+    config = TrainConfig(learning_rate=2e7)
+    with pytest.raises(NonFiniteLossError, match=r"after [1-9]\d* good epochs") as caught:
+        fit(small, small, key=jax.random.key(0), config=config, dropout_rate=0.9, epochs=100, checkpoint=tmp_path)
+    error = caught.value
+    assert len(error.run.history.running_loss) == error.epoch - 1 > 0
+    assert np.isfinite(error.run.history.running_loss).all()
+    found = restore(tmp_path, error.run)
+    assert found.step == error.epoch - 1
+    assert content_digest(found.tree) == content_digest(error.run)
+
+
+def test_a_lane_that_is_not_finite_stops_and_the_others_go_on(small):
+    """Without dropout the sum of the losses of 1,000 images overflows, with dropout it stays below 3e38."""
+    options = {"seeds": [0, 1], "epochs": 3, "config": TrainConfig(learning_rate=2e7)}
+    message = r"dropout 0, seed [01]: the loss is not finite in the evaluation after epoch 1.*this lane stays there"
+    with pytest.warns(UserWarning, match=message) as caught:
+        run = sweep(small, small, dropout_rates=[0.8, 0.0], **options)
+    assert len(caught) == 2
+    alone = sweep(small, small, dropout_rates=[0.8], **options)
+    for leaf, expected in zip(jax.tree.leaves(run.history), jax.tree.leaves(alone.history), strict=True):
+        np.testing.assert_array_equal(leaf[0], expected[0])
+        assert np.isnan(leaf[1]).all()
+    assert run.state.step.tolist() == [[48, 48], [0, 0]]
+    with pytest.raises(NonFiniteLossError, match="dropout 0, seed 1: the loss is not finite"):
+        sweep(small, small, dropout_rates=[0.0], **options)
+    with pytest.raises(ValueError, match=r"losses that are not finite, in runs \[\[1, 0\], \[1, 1\]\]; leave them out"):
+        summarise(run.history)
+
+
+def test_what_ran_before_does_not_matter(small):
+    options = {"key": KEY, "dropout_rate": 0.2, "epochs": 2}
+    first = fit(small, small, **options)
+    fit(small, small, key=jax.random.key(9), dropout_rate=0.7, epochs=1)
+    sweep(small, small, seeds=[3], dropout_rates=[0.1], epochs=1)
+    assert content_digest(fit(small, small, **options)) == content_digest(first)
