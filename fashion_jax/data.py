@@ -5,6 +5,7 @@ the data set's authors published. `python -m fashion_jax.data` fetches the data 
 """
 
 import argparse
+import contextlib
 import gzip
 import hashlib
 import http.client
@@ -371,24 +372,31 @@ def _range(array) -> str:
 def _from_idx(directory: Path | None) -> Splits | None:
     places = [] if directory is None else [directory, directory / "FashionMNIST" / "raw"]
     for place in [*places, cache_dir(), DEBIAN_DIR]:
-        found = {
-            name: path for name in DIGESTS for suffix in (".gz", "") if (path := place / (name + suffix)).is_file()
-        }
-        ours = place == cache_dir()
-        missing = DIGESTS.keys() - found.keys()
-        if missing and found and not ours:
-            raise FileNotFoundError(f"{place} lacks {', '.join(sorted(missing))} beside the other IDX files")
-        if missing:
-            continue
+        named, ours = place in places, place == cache_dir()
+        found: dict[str, Path] = {}
         try:
+            found = {
+                name: path for name in DIGESTS for suffix in (".gz", "") if (path := place / (name + suffix)).is_file()
+            }
+            missing = DIGESTS.keys() - found.keys()
+            if missing and found and not ours:
+                raise FileNotFoundError(f"{place} lacks {', '.join(sorted(missing))} beside the other IDX files")
+            if missing:
+                continue
             arrays = {name: read_idx(path) for name, path in found.items()}
             splits = _verified(arrays, {name: str(path) for name, path in found.items()})
+        except PermissionError as error:
+            if named:
+                raise
+            _log.warning("passing over what may not be read: %s", error)
+            continue
         except ValueError as error:
             if not ours:
                 raise
             _log.warning("removing a damaged file from the cache: %s", error)
             for path in found.values():
-                path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    path.unlink()
             continue
         _log.info("Fashion-MNIST from the IDX files in %s", place)
         return splits
@@ -469,13 +477,12 @@ def _prepare_tfds(place: Path) -> None:
     The stock builder needs TensorFlow to extract gzip and to encode PNG, and waits for ever for a host that falls
     silent; this one does all three itself, and what it writes is read by stock TFDS.
     """
+    origin = {name: f"{URL}{name}.gz" for name in DIGESTS}
+    fetched = _verified({name: _parsed(_fetched(url), url) for name, url in origin.items()}, origin)
+
     import PIL.Image
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core import registered
-
-    contents = {name: _fetched(f"{URL}{name}.gz") for name in DIGESTS}
-    origin = {name: f"{URL}{name}.gz" for name in DIGESTS}
-    fetched = _verified({name: _parsed(content, origin[name]) for name, content in contents.items()}, origin)
 
     stock = tfds.builder_cls("fashion_mnist")
     with registered.skip_registration():
@@ -521,6 +528,7 @@ def _fetched(url: str) -> bytes:
         if total is not None and len(content) != int(total):
             raise ConnectionError("the host broke off")
     except (OSError, ValueError, http.client.HTTPException) as error:
+        _close(error)
         reason = f"nothing came for {STALL_SECONDS:g} s" if str(error) == "timed out" else error
         raise ConnectionError(
             f"{url}: the download failed after {len(content):,} of {total or 'unknown'} bytes ({reason}); nothing was "
@@ -539,6 +547,7 @@ def _unreachable(url: str) -> str | None:
             with urllib.request.urlopen(request, timeout=PROBE_SECONDS):
                 answer[0] = ""
         except (OSError, ValueError, http.client.HTTPException) as error:
+            _close(error)
             answer[0] = str(getattr(error, "reason", error)) or type(error).__name__
 
     # A name server that is silent blocks longer than any time-out of a socket, so the wait is bounded from outside.
@@ -546,6 +555,12 @@ def _unreachable(url: str) -> str | None:
     thread.start()
     thread.join(PROBE_SECONDS + 0.5)
     return answer[0] or None
+
+
+def _close(error: Exception) -> None:
+    """Let go of the answer that an error of HTTP carries."""
+    if isinstance(error, urllib.error.HTTPError):
+        error.close()
 
 
 def _advice(what: str) -> str:
