@@ -193,7 +193,7 @@ TARGETS: Mapping[str, Callable[[], contextlib.AbstractContextManager[Target]]] =
     "load, small set": lambda: small_set(compressed=False),
     "load, small set, gzip": lambda: small_set(compressed=True),
     "load, published files": published_set,
-    "read_idx, structure": lambda: any_idx_file(compressed=False),
+    "read_idx, plain: structure only": lambda: any_idx_file(compressed=False),
     "read_idx, gzip": lambda: any_idx_file(compressed=True),
 }
 
