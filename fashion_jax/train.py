@@ -20,7 +20,7 @@ import optax
 from jaxtyping import Array, Float, Int, Key
 
 from fashion_jax.config import TrainConfig
-from fashion_jax.data import Batch, check_batch, subset
+from fashion_jax.data import Batch, check_batch, check_key, subset
 from fashion_jax.model import FashionMLP, check_rate
 
 Params = dict[str, Any]
@@ -141,9 +141,13 @@ class RunKeys(NamedTuple):
 def split_key(key: Key[Array, ""]) -> RunKeys:
     """Split a run's key into its three streams.
 
+    Raises:
+        TypeError: `key` is not one typed key.
+
     >>> split_key(jax.random.key(0)).dropout.shape
     ()
     """
+    check_key(key)
     return RunKeys(*jax.random.split(key, 3))
 
 
@@ -161,7 +165,8 @@ def init_state(key: Key[Array, ""], *, config: TrainConfig = TrainConfig()) -> T
     >>> state.params["fc1"]["kernel"].shape, int(state.step)
     ((784, 256), 0)
     """
-    _check_key(key)
+    check_key(key)
+    _check_config(config)
     return _init_state(key, config)
 
 
@@ -176,16 +181,18 @@ def _init_state(key, config):
 def negative_log_likelihood(
     log_probs: Float[Array, "n classes"], labels: Int[Array | np.ndarray, " n"]
 ) -> Float[Array, " n"]:
-    """Take each example's negative log-probability of its label, in nats.
+    """Take each example's negative log-probability of its label, in nats; NaN where the label names no class.
 
     >>> loss = negative_log_likelihood(jnp.log(jnp.array([[0.25, 0.75]])), jnp.array([0]))
     >>> f"{loss[0]:.4f}"
     '1.3863'
     """
-    return -jnp.take_along_axis(log_probs, jnp.asarray(labels)[:, None], axis=1)[:, 0]
+    # A negative index would count from the last class; one beyond it is filled with NaN.
+    labels = jnp.asarray(labels)
+    labels = jnp.where(labels < 0, log_probs.shape[1], labels)
+    return -jnp.take_along_axis(log_probs, labels[:, None], axis=1, mode="fill", fill_value=jnp.nan)[:, 0]
 
 
-@functools.partial(jax.jit, static_argnames="config")
 def train_step(
     state: TrainState,
     batch: Batch,
@@ -206,7 +213,12 @@ def train_step(
         weights: Weight of each example in the mean; 0 for padding. All 1 if left out.
 
     Returns:
-        The next state, and the batch's loss and accuracy under the old weights and the drawn masks.
+        The next state, and the batch's loss and accuracy under the old weights and the drawn masks. A label that names
+        no class makes the loss NaN: to look at the labels on the host would cost time at every step.
+
+    Raises:
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: The rate is out of range, or a shape is wrong.
 
     Source: Kingma and Ba, "Adam: A Method for Stochastic Optimization", ICLR 2015, as `optax.adam` has it.
 
@@ -217,8 +229,17 @@ def train_step(
     >>> int(state.step), metrics.loss.shape
     (1, ())
     """
+    _check_step(key, config, dropout_rate)
+    return _train_step(state, batch, key, weights, dropout_rate, config=config)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _train_step(state, batch, key, weights, dropout_rate, *, config):
+    _check_data(batch, "batch")
     if weights is None:
         weights = jnp.ones(len(batch.labels), jnp.result_type(float))
+    if weights.shape != batch.labels.shape:
+        raise ValueError(f"weights must have shape {list(batch.labels.shape)}, got {list(weights.shape)}")
     model = FashionMLP(config.hidden, dropout_rate)
 
     def mean_loss(params):
@@ -233,7 +254,6 @@ def train_step(
     return TrainState(params, opt_state, state.step + 1), metrics
 
 
-@functools.partial(jax.jit, static_argnames="config")
 def eval_step(params: Params, batch: Batch, *, config: TrainConfig) -> Metrics:
     """Measure loss and accuracy on one batch, dropout off, all examples at once.
 
@@ -242,17 +262,27 @@ def eval_step(params: Params, batch: Batch, *, config: TrainConfig) -> Metrics:
         batch: n examples; `evaluate` takes a whole data set with bounded memory.
         config: Gives the widths; static.
 
+    Raises:
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: Shapes do not fit, there is no example, or a label names no class.
+
     >>> batch = Batch(jnp.zeros((4, 28, 28), jnp.uint8), jnp.arange(4))
     >>> metrics = eval_step(init_state(jax.random.key(0)).params, batch, config=TrainConfig())
     >>> metrics.loss.shape, metrics.accuracy.shape
     ((), ())
     """
+    _check_config(config)
+    _check_data(batch, "batch")
+    return _eval_step(params, batch, config=config)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _eval_step(params, batch, *, config):
     weights = jnp.ones(len(batch.labels), jnp.result_type(float))
     totals = _eval_totals(params, batch, weights, config)
     return jax.tree.map(lambda total: total / len(batch.labels), totals)
 
 
-@functools.partial(jax.jit, static_argnames="config")
 def evaluate(params: Params, batch: Batch, *, config: TrainConfig) -> Metrics:
     """Measure loss and accuracy on a data set of any size, dropout off, every example once.
 
@@ -261,6 +291,10 @@ def evaluate(params: Params, batch: Batch, *, config: TrainConfig) -> Metrics:
         batch: n examples; they pass through the model in chunks of `config.eval_batch_size`.
         config: Gives the widths and the size of a chunk; static.
 
+    Raises:
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: Shapes do not fit, there is no example, or a label names no class.
+
     >>> batch = Batch(jnp.zeros((5, 28, 28), jnp.uint8), jnp.arange(5))
     >>> params = init_state(jax.random.key(0)).params
     >>> in_chunks = evaluate(params, batch, config=TrainConfig(eval_batch_size=2))
@@ -268,6 +302,13 @@ def evaluate(params: Params, batch: Batch, *, config: TrainConfig) -> Metrics:
     >>> bool(jnp.allclose(in_chunks.loss, at_once.loss))
     True
     """
+    _check_config(config)
+    _check_data(batch, "batch")
+    return _evaluate(params, batch, config=config)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _evaluate(params, batch, *, config):
     n = len(batch.labels)
     size = min(config.eval_batch_size, n)
     chunks, weights = _pad_and_split(batch, n, size)
@@ -275,7 +316,6 @@ def evaluate(params: Params, batch: Batch, *, config: TrainConfig) -> Metrics:
     return jax.tree.map(lambda total: total.sum() / n, totals)
 
 
-@functools.partial(jax.jit, static_argnames="config")
 def train_epoch(
     state: TrainState,
     train: Batch,
@@ -298,6 +338,10 @@ def train_epoch(
     Returns:
         The state ceil(n / batch_size) steps later, and the mean of the batch losses.
 
+    Raises:
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: The rate is out of range, a shape is wrong, or there is no example.
+
     >>> config = TrainConfig(batch_size=2)
     >>> train = Batch(jnp.zeros((5, 28, 28), jnp.uint8), jnp.arange(5))
     >>> key = jax.random.key(0)
@@ -305,6 +349,13 @@ def train_epoch(
     >>> int(state.step)
     3
     """
+    _check_step(key, config, dropout_rate)
+    return _train_epoch(state, train, key, dropout_rate, config=config)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _train_epoch(state, train, key, dropout_rate, *, config):
+    _check_data(train, "train")
     n = len(train.labels)
     steps = -(-n // config.batch_size)
     keys = split_key(key)
@@ -325,7 +376,6 @@ def train_epoch(
     return state, losses.mean()
 
 
-@functools.partial(jax.jit, static_argnames="config")
 def train_and_evaluate_epoch(
     state: TrainState,
     train: Batch,
@@ -347,6 +397,10 @@ def train_and_evaluate_epoch(
         config: Static.
         dropout_rate: Traced.
 
+    Raises:
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: The rate is out of range, a shape is wrong, or there is no example.
+
     >>> config = TrainConfig(batch_size=2)
     >>> data = Batch(jnp.zeros((5, 28, 28), jnp.uint8), jnp.arange(5))
     >>> key = jax.random.key(0)
@@ -355,6 +409,12 @@ def train_and_evaluate_epoch(
     >>> history.train.loss.item() == history.validation.loss.item()
     True
     """
+    _check_step(key, config, dropout_rate)
+    return _train_and_evaluate_epoch(state, train, train_eval, validation, key, dropout_rate, config=config)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _train_and_evaluate_epoch(state, train, train_eval, validation, key, dropout_rate, *, config):
     state, running_loss = train_epoch(state, train, key, config=config, dropout_rate=dropout_rate)
     metrics = [evaluate(state.params, batch, config=config) for batch in (train_eval, validation)]
     return state, History(running_loss, *metrics)
@@ -397,18 +457,40 @@ def fit(
     >>> run.history.validation.loss.shape, int(run.state.step)
     ((2,), 4)
     """
-    _check_key(key)
+    check_key(key)
     check_rate(dropout_rate)
+    check_run(train, validation, config=config, epochs=epochs, on_epoch=on_epoch)
     train_eval = train_eval_part(train, config)
-    check_batch(validation, "validation")
-    data = jax.tree.map(jnp.array, (train, train_eval, validation))
+    train, train_eval, validation = jax.tree.map(jnp.array, (train, train_eval, validation))
 
     def epoch(state):
-        state, history = train_and_evaluate_epoch(state, *data, key, config=config, dropout_rate=dropout_rate)
+        state, history = train_and_evaluate_epoch(
+            state, train, train_eval, validation, key, config=config, dropout_rate=dropout_rate
+        )
         return state, jax.device_get(history)
 
     start = init_state(key, config=config)
     return run_epochs(epoch, start, epochs=epochs, dropout_rates=(float(dropout_rate),), on_epoch=on_epoch)
+
+
+def check_run(train: Batch, validation: Batch, *, config: TrainConfig, epochs: int, on_epoch: OnEpoch | None) -> None:
+    """Refuse arguments that `fit` and `sweep` share and cannot use, before anything is compiled.
+
+    Raises:
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: An argument is out of range or has the wrong shape.
+
+    >>> data = Batch(np.zeros((1, 14, 14), np.uint8), np.zeros(1, np.int32))
+    >>> check_run(data, data, config=TrainConfig(), epochs=1, on_epoch=None)
+    Traceback (most recent call last):
+    ValueError: train.images must have shape [n, 28, 28], got [1, 14, 14]
+    """
+    _check_config(config)
+    _check_epochs(epochs)
+    if on_epoch is not None and not callable(on_epoch):
+        raise TypeError(f"on_epoch must be callable, got {on_epoch!r}")
+    _check_data(train, "train")
+    _check_data(validation, "validation")
 
 
 def run_epochs(
@@ -437,10 +519,7 @@ def run_epochs(
         ValueError: `epochs` is below 1.
         KeyboardInterrupt: Not even one epoch was complete.
     """
-    if not isinstance(epochs, int) or isinstance(epochs, bool):
-        raise TypeError(f"epochs must be an int, got {epochs!r}")
-    if epochs < 1:
-        raise ValueError(f"epochs must be at least 1, got {epochs}")
+    _check_epochs(epochs)
     rows: list[History] = []
     try:
         with _noting_ctrl_c() as pressed:
@@ -538,6 +617,25 @@ def _pad_and_split(tree, n: int, size: int):
     return jax.tree.map(split, tree), split(jnp.ones(n, jnp.result_type(float)))
 
 
-def _check_key(key) -> None:
-    if not (isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape == ()):
-        raise TypeError(f"key must be one typed key, from jax.random.key(seed); got {key!r}")
+def _check_data(batch: Batch, name: str) -> None:
+    check_batch(batch, name)
+    if batch.images.shape[1:] != (28, 28):
+        raise ValueError(f"{name}.images must have shape [n, 28, 28], got {list(batch.images.shape)}")
+
+
+def _check_config(config) -> None:
+    if not isinstance(config, TrainConfig):
+        raise TypeError(f"config must be a TrainConfig, got {config!r}")
+
+
+def _check_epochs(epochs) -> None:
+    if not isinstance(epochs, int) or isinstance(epochs, bool):
+        raise TypeError(f"epochs must be an int, got {epochs!r}")
+    if epochs < 1:
+        raise ValueError(f"epochs must be at least 1, got {epochs}")
+
+
+def _check_step(key, config, dropout_rate) -> None:
+    check_key(key)
+    check_rate(dropout_rate)
+    _check_config(config)
