@@ -5,7 +5,6 @@ import dataclasses
 import gzip
 import hashlib
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -211,10 +210,6 @@ class Flags:
 
 
 def main(flags: Flags) -> int:
-    if flags.cases < 1:
-        raise ValueError(f"--cases must be at least 1, got {flags.cases}")
-    if flags.seed < 0:
-        raise ValueError(f"--seed must be at least 0, got {flags.seed}")
     if unknown := set(flags.targets) - set(TARGETS):
         raise ValueError(f"--targets must be among {', '.join(TARGETS)}; got {', '.join(sorted(unknown))}")
     rows: list[harness.Row] = []
@@ -254,7 +249,4 @@ def _loads(directory: Path, contents: Files) -> bool:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(tyro.cli(Flags, description=__doc__)))
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    harness.start(main, Flags, __doc__)

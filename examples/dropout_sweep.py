@@ -52,6 +52,8 @@ def main(flags: Flags) -> int:
     preset = PRESETS[flags.preset]
     rates, sizes = flags.rates or preset["rates"], flags.sizes or preset["sizes"]
     seeds = range(preset["seeds"] if flags.seeds is None else flags.seeds)
+    if not seeds:
+        raise ValueError(f"--seeds must be at least 1, got {flags.seeds}")
     if 0.0 not in rates:
         raise ValueError(f"--rates must have 0 among them, to compare with; got {rates}")
     sweep.use_all_cores()

@@ -49,14 +49,6 @@ def test_the_record_counts_every_case(tmp_path, monkeypatch, capsys):
     assert "20 failures" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        ({"cases": 0}, "--cases must be at least 1"),
-        ({"seed": -1}, "--seed must be at least 0"),
-        ({"targets": ("load", "idx")}, "--targets must be among load, small set, .* got idx, load"),
-    ],
-)
-def test_bad_flags_are_refused(flags, message):
-    with pytest.raises(ValueError, match=message):
-        fuzz.main(fuzz.Flags(**flags))
+def test_unknown_targets_are_refused():
+    with pytest.raises(ValueError, match=r"--targets must be among load, small set, .* got idx, load"):
+        fuzz.main(fuzz.Flags(targets=("load", "idx")))
