@@ -52,12 +52,12 @@ def check(flags: Any) -> None:
         if isinstance(value, tuple) and (not value or len(set(value)) < len(value)):
             raise ValueError(f"{flag} must name at least one, and none twice; got {value}")
         least = 0 if name == "seed" else 1
-        for count in value if isinstance(value, tuple) else (value,):
+        for count in value if isinstance(value, tuple) else [value]:
             if isinstance(count, int) and not isinstance(count, bool) and count < least:
                 raise ValueError(f"{flag} must be at least {least}, got {count}")
-        if name == "data_dir" and value is not None and not value.is_dir():
+        if name == "data_dir" and isinstance(value, Path) and not value.is_dir():
             raise NotADirectoryError(f"{flag} is not a directory: {value}")
-        if name == "output" and value is not None:
+        if name == "output" and isinstance(value, Path):
             files.prepare_directory(value)
 
 
