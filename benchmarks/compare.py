@@ -24,7 +24,10 @@ class Flags:
 
 def timings(path: Path) -> dict[tuple, float]:
     """Read the medians of one record file."""
-    rows = json.loads(path.read_text())["rows"]
+    try:
+        rows = json.loads(path.read_text())["rows"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not a benchmark's record ({error!r})") from error
     return {tuple(row[name] for name in TEXT if name in row): row[MEDIAN] for row in rows if MEDIAN in row}
 
 
@@ -57,4 +60,4 @@ def main(flags: Flags) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Flags, description=__doc__)))
+    harness.start(main, Flags, __doc__)

@@ -38,6 +38,8 @@ def interval(values: np.ndarray) -> tuple[float, float]:
 
 
 def main(flags: Flags) -> None:
+    if flags.seeds < 2:
+        raise ValueError(f"--seeds must be at least 2, for an interval; got {flags.seeds}")
     train, test = load(flags.data_dir)
     # [side, arm, seed, figure], means over the last epochs
     measured = np.empty((2, 2, flags.seeds, len(FIGURES)))
@@ -86,4 +88,4 @@ def main(flags: Flags) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Flags, description=__doc__))
+    harness.start(main, Flags, __doc__)

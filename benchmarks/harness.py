@@ -1,4 +1,4 @@
-"""What every benchmark shares: alternating timed runs, and the record that a run leaves."""
+"""What every benchmark shares: the start, alternating timed runs, and the record that a run leaves."""
 
 import dataclasses
 import datetime
@@ -7,19 +7,58 @@ import io
 import json
 import re
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import torch
+import tyro
 from matplotlib.figure import Figure
 
 from fashion_jax import files, report
 
 RECORDS = Path(__file__).parent / "records"
 Row = dict[str, Any]
+
+
+def start(main: Callable[[Any], int | None], flags: type, description: str | None) -> NoReturn:
+    """Read the flags, check them, and run; a mistake ends with one line and status 1.
+
+    Args:
+        main: Takes the flags and returns the exit status.
+        flags: The dataclass of flags.
+        description: For --help.
+    """
+    try:
+        given = tyro.cli(flags, description=description)
+        check(given)
+        sys.exit(main(given))
+    except (OSError, TypeError, ValueError) as error:
+        sys.exit(f"error: {error}")
+
+
+def check(flags: Any) -> None:
+    """Refuse what no benchmark can use: counts below 1, lists that are empty or name something twice, no directory.
+
+    Raises:
+        ValueError: A flag is out of range.
+        OSError: The data directory is missing, or the output directory cannot be written.
+    """
+    for name, value in dataclasses.asdict(flags).items():
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(value, tuple) and (not value or len(set(value)) < len(value)):
+            raise ValueError(f"{flag} must name at least one, and none twice; got {value}")
+        least = 0 if name == "seed" else 1
+        for count in value if isinstance(value, tuple) else [value]:
+            if isinstance(count, int) and not isinstance(count, bool) and count < least:
+                raise ValueError(f"{flag} must be at least {least}, got {count}")
+        if name == "data_dir" and isinstance(value, Path) and not value.is_dir():
+            raise NotADirectoryError(f"{flag} is not a directory: {value}")
+        if name == "output" and isinstance(value, Path):
+            files.prepare_directory(value)
 
 
 def alternate(programs: Mapping[str, Callable[[], object]], repetitions: int) -> dict[str, list[float]]:

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import jax
 import numpy as np
@@ -33,7 +33,7 @@ class Flags:
     """How many times a run is killed."""
     seed: int = 0
     """Seed of the random moments."""
-    program: str = "fit"
+    program: Literal["fit", "sweep"] = "fit"
     """fit, or sweep with 2 rates and 2 seeds."""
     output: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Folder for the record; by default benchmarks/records/<date>-<device>."""
@@ -130,8 +130,6 @@ def main(flags: Flags) -> int:
     if flags.worker:
         print(f"digest {train(flags.program, flags.worker)}", flush=True)
         return 0
-    if flags.program not in ("fit", "sweep"):
-        raise ValueError(f"--program must be fit or sweep, got {flags.program!r}")
     with tempfile.TemporaryDirectory() as folder:
         rows = [kill_and_resume(flags.program, Path(folder), kills=flags.kills, seed=flags.seed)]
     harness.write(f"kill_resume_{flags.program}", rows, flags=flags, output=flags.output, figure=None)
@@ -139,4 +137,4 @@ def main(flags: Flags) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Flags, description=__doc__)))
+    harness.start(main, Flags, __doc__)

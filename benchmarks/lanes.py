@@ -35,6 +35,8 @@ class Flags:
 
 
 def main(flags: Flags) -> None:
+    if any(lanes % 2 for lanes in flags.lanes):
+        raise ValueError(f"--lanes must be even: half of them train without dropout; got {flags.lanes}")
     if flags.device == "cpu":
         jax.config.update("jax_platforms", "cpu")
         use_all_cores()
@@ -101,4 +103,4 @@ def main(flags: Flags) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    main(tyro.cli(Flags, description=__doc__))
+    harness.start(main, Flags, __doc__)

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import inspect
 import itertools
 from pathlib import Path
 from typing import Annotated
@@ -92,13 +91,13 @@ def main(flags: Flags) -> None:
     steps = -(-n // flags.batch_size)
     key = jax.random.key(0)
 
-    def epoch(part: str, dropout_rate: float | None = 0.2):
+    def epoch(part: str, dropout_rate: float = 0.2):
         with without(part):
             state = init_state(key, config=config)
             if part == "Adam":
                 state = state._replace(opt_state=optax.sgd(config.learning_rate).init(state.params))
             # A compilation of its own, in which the part is missing.
-            program = jax.jit(functools.partial(inspect.unwrap(train_epoch), config=config, dropout_rate=dropout_rate))
+            program = jax.jit(functools.partial(train_epoch, config=config, dropout_rate=dropout_rate))
             compiled = program.lower(state, data, key).compile()
         return lambda: jax.block_until_ready(compiled(state, data, key))
 
@@ -135,7 +134,7 @@ def main(flags: Flags) -> None:
     rate = max(flop / harness.spread(seconds[name])["median (s)"] for name, (_, flop) in gemms.items())
     counted = flop_of_an_epoch(n)
     batch = Batch(data.images[: flags.batch_size], data.labels[: flags.batch_size])
-    step = train_step.lower(state, batch, key, config=config, dropout_rate=0.2).compile()
+    step = jax.jit(functools.partial(train_step, config=config, dropout_rate=0.2)).lower(state, batch, key).compile()
     by_xla = (step.cost_analysis() or {})["flops"] * n / flags.batch_size
     whole = harness.spread(seconds["training epoch, whole"])["median (s)"]
     rows: list[harness.Row] = []
@@ -166,4 +165,4 @@ def main(flags: Flags) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Flags, description=__doc__))
+    harness.start(main, Flags, __doc__)

@@ -31,6 +31,8 @@ class Flags:
 
 
 def main(flags: Flags) -> None:
+    if flags.steps > 937:
+        raise ValueError(f"--steps must be at most 937, the whole batches of an epoch; got {flags.steps}")
     images, labels = load(flags.data_dir).train
     rows: list[harness.Row] = []
     figure = Figure(figsize=(7, 3.5), layout="constrained")
@@ -66,4 +68,4 @@ def main(flags: Flags) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Flags, description=__doc__))
+    harness.start(main, Flags, __doc__)

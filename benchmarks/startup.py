@@ -72,4 +72,4 @@ def main(flags: Flags) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Flags, description=__doc__))
+    harness.start(main, Flags, __doc__)

@@ -195,4 +195,4 @@ if __name__ == "__main__":
     # torch.compile's pool of compiling processes would stay, and disturb what is timed.
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    main(tyro.cli(Flags, description=__doc__))
+    harness.start(main, Flags, __doc__)

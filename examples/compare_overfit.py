@@ -69,7 +69,7 @@ def main(flags: Flags) -> int:
         train = data.subset(train, flags.train_size, key=jax.random.key(0))
     writes = jax.process_index() == 0
     if writes:
-        flags.output.mkdir(parents=True, exist_ok=True)
+        files.prepare_directory(flags.output)
 
     seeds = list(range(flags.seeds))
     with Progress(flags.epochs) as progress:
@@ -138,14 +138,15 @@ def main(flags: Flags) -> int:
         ),
         "samples": plot.image_sheet(train.images[:900]),
     }
-    for name, figure in figures.items():
-        png = io.BytesIO()
-        figure.savefig(png, format="png", dpi=150)
-        files.write_atomically(flags.output / f"{name}.png", png.getvalue())
+    # The figures of every epoch first: if the disk is full, they are what cannot be made again quickly.
     summary = {"verdicts": report.verdicts_as_json(verdicts), **results, "arms": report.summaries(arms)}
     for name, content in (("history", results), ("report", summary)):
         files.write_atomically(flags.output / f"{name}.json", json.dumps(content, indent=1, default=str) + "\n")
     files.write_atomically(flags.output / "report.md", "\n\n".join(sections) + "\n")
+    for name, figure in figures.items():
+        png = io.BytesIO()
+        figure.savefig(png, format="png", dpi=150)
+        files.write_atomically(flags.output / f"{name}.png", png.getvalue())
     print(f"\npictures, report and history are in {flags.output}")
     return 0 if complete == flags.epochs else INTERRUPTED
 

@@ -55,13 +55,15 @@ def main(flags: Flags) -> int:
     preset = PRESETS[flags.preset]
     rates, sizes = flags.rates or preset["rates"], flags.sizes or preset["sizes"]
     seeds = range(preset["seeds"] if flags.seeds is None else flags.seeds)
+    if not seeds:
+        raise ValueError(f"--seeds must be at least 1, got {flags.seeds}")
     if 0.0 not in rates:
         raise ValueError(f"--rates must have 0 among them, to compare with; got {rates}")
     sweep.use_all_cores()
     config = TrainConfig()
     train, test = data.load(flags.data_dir)
     train, validation = data.hold_out(train, HOLD_OUT / len(train.labels), key=jax.random.key(0))
-    flags.output.mkdir(parents=True, exist_ok=True)
+    files.prepare_directory(flags.output)
 
     with Progress(flags.epochs * len(sizes)) as progress:
         run = sweep.sweep(
@@ -116,15 +118,15 @@ def main(flags: Flags) -> int:
     ]
     print("\n\n".join(sections))
 
-    png = io.BytesIO()
-    plot.study(summary, dropout_rates=rates, sizes=sizes).savefig(png, format="png", dpi=130)
-    files.write_atomically(flags.output / "study.png", png.getvalue())
     arms = {f"{size} images": jax.tree.map(lambda leaf, i=i: leaf[i], run.history) for i, size in enumerate(sizes)}
     results = report.as_json(
         arms, seeds=list(seeds), config=config, dropout_rates=rates, flags=vars(flags), test=tested
     )
     files.write_atomically(flags.output / "history.json", json.dumps(results, indent=1, default=str) + "\n")
     files.write_atomically(flags.output / "report.md", "\n\n".join(sections) + "\n")
+    png = io.BytesIO()
+    plot.study(summary, dropout_rates=rates, sizes=sizes).savefig(png, format="png", dpi=130)
+    files.write_atomically(flags.output / "study.png", png.getvalue())
     print(f"\nstudy.png, report.md and history.json are in {flags.output}")
     return 0 if complete == len(flags.sizes or preset["sizes"]) else INTERRUPTED
 

@@ -11,6 +11,7 @@ never finished, and what does not match its seal is damaged; neither is used.
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -29,11 +30,6 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from fashion_jax.files import write_atomically
-
-try:
-    import fcntl
-except ImportError:  # Windows has no flock; two runs in one directory go unnoticed there.
-    fcntl = None
 
 SEAL, LOCK, FORMAT = "seal.json", "fashion_jax.lock", 1
 logger = logging.getLogger(__name__)
@@ -321,8 +317,7 @@ class Store:
         self.directory.mkdir(parents=True, exist_ok=True)
         lock = os.open(self.directory / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            if fcntl is not None:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(lock)
             raise BlockingIOError(

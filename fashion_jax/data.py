@@ -5,8 +5,10 @@ the data set's authors published. `python -m fashion_jax.data` fetches the data 
 """
 
 import argparse
+import contextlib
 import gzip
 import hashlib
+import http.client
 import io
 import logging
 import math
@@ -14,6 +16,7 @@ import numbers
 import os
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 import zlib
@@ -21,10 +24,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Int, Key, UInt8
 
-from fashion_jax.files import write_atomically
+from fashion_jax.files import locked, prepare_directory, remove_partial, scratch_directory, write_atomically
 
 CLASS_NAMES = (
     "T-shirt/top",
@@ -41,7 +46,10 @@ CLASS_NAMES = (
 SOURCES = ("auto", "idx", "tfds", "download")
 DATA_VARIABLE = "FASHION_JAX_DATA"
 URL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
+# How long the host may take to answer at all, to send the next byte, and to send one file.
 PROBE_SECONDS = 3.0
+STALL_SECONDS = 10.0
+DOWNLOAD_SECONDS = 600.0
 DEBIAN_DIR = Path("/usr/share/datasets/fashion-mnist")
 
 # SHA-256 of the four published files, uncompressed: gzip headers differ from copy to copy.
@@ -82,7 +90,8 @@ def load(data_dir: str | os.PathLike | None = None, *, source: str = "auto") -> 
             in the user's cache, or where Debian's package dataset-fashion-mnist puts them.
         tfds: A data set that TFDS has prepared as array_record, in `data_dir`, in $TFDS_DATA_DIR or in
             ~/tensorflow_datasets. Its arrays are put into the user's cache, as uncompressed IDX files.
-        download: TFDS downloads and prepares the data set first; TensorFlow is not needed.
+        download: The four files are fetched and prepared as a TFDS data set first; TensorFlow is not needed. Of
+            several processes one does it, the others wait for it.
         auto: The first of these that is there; one log line says which.
 
     Args:
@@ -93,8 +102,10 @@ def load(data_dir: str | os.PathLike | None = None, *, source: str = "auto") -> 
         The 60,000 training and 10,000 test examples, as read-only NumPy arrays, in the published order.
 
     Raises:
+        TypeError: `data_dir` is not a path.
         ValueError: A file does not hold what was published, or `source` is unknown.
         FileNotFoundError: The directory, or a file of the four, is missing; or no source has the data.
+        OSError: A file cannot be read or written, or the download breaks off or stalls for `STALL_SECONDS`.
 
     >>> train, test = load()
     >>> train.images.shape, test.labels.shape
@@ -105,12 +116,15 @@ def load(data_dir: str | os.PathLike | None = None, *, source: str = "auto") -> 
     named_by = "data_dir"
     if data_dir is None and os.environ.get(DATA_VARIABLE):
         data_dir, named_by = os.environ[DATA_VARIABLE], f"${DATA_VARIABLE}"
+    if not isinstance(data_dir, (str, os.PathLike, type(None))):
+        raise TypeError(f"data_dir must be a path, got {data_dir!r}")
     directory = None if data_dir is None else Path(data_dir).expanduser()
     if directory is not None and not directory.is_dir() and source != "download":
         state = "is not a directory" if directory.exists() else "does not exist"
         raise FileNotFoundError(
             f"{named_by} {state}: {directory}; create it, or fetch the data into it with source='download'"
         )
+    remove_partial(cache_dir())
     if source in ("auto", "idx") and (splits := _from_idx(directory)):
         return splits
     if source in ("auto", "tfds") and (splits := _from_tfds(directory)):
@@ -132,7 +146,7 @@ def hold_out(batch: Batch, fraction: float, *, key: Key[Array, ""]) -> tuple[Bat
         The rest, and the part held out: round(fraction * n) examples. Both keep the order of `batch`.
 
     Raises:
-        TypeError: `fraction` is not a number.
+        TypeError: `fraction` is not a number, or `key` not one typed key.
         ValueError: `fraction` is outside (0, 1), or one part would be empty.
 
     >>> batch = Batch(np.zeros((100, 28, 28), np.uint8), np.arange(100, dtype=np.int32) % 10)
@@ -141,6 +155,7 @@ def hold_out(batch: Batch, fraction: float, *, key: Key[Array, ""]) -> tuple[Bat
     (80, [2, 2, 2, 2, 2, 2, 2, 2, 2, 2])
     """
     check_batch(batch, "batch")
+    check_key(key)
     if not isinstance(fraction, numbers.Real) or isinstance(fraction, bool):
         raise TypeError(f"fraction must be a number in (0, 1), got {fraction!r}")
     n = len(batch.labels)
@@ -165,7 +180,7 @@ def subset(batch: Batch, size: int, *, key: Key[Array, ""]) -> Batch:
         `size` examples, in the order of `batch`.
 
     Raises:
-        TypeError: `size` is not an int.
+        TypeError: `size` is not an int, or `key` not one typed key.
         ValueError: `size` is out of range.
 
     >>> batch = Batch(np.zeros((100, 28, 28), np.uint8), np.arange(100, dtype=np.int32) % 10)
@@ -173,6 +188,7 @@ def subset(batch: Batch, size: int, *, key: Key[Array, ""]) -> Batch:
     [3, 3, 3, 3, 3, 3, 3, 3, 3, 3]
     """
     check_batch(batch, "batch")
+    check_key(key)
     if not isinstance(size, numbers.Integral) or isinstance(size, bool):
         raise TypeError(f"size must be an int, got {size!r}")
     n = len(batch.labels)
@@ -182,7 +198,7 @@ def subset(batch: Batch, size: int, *, key: Key[Array, ""]) -> Batch:
 
 
 def check_batch(batch: Batch, name: str) -> None:
-    """Refuse what cannot be a data set.
+    """Refuse what cannot be a data set; of traced arrays, whose values are not known yet, types and shapes only.
 
     Args:
         batch: Images [n, height, width] and labels [n].
@@ -192,16 +208,16 @@ def check_batch(batch: Batch, name: str) -> None:
         TypeError: The images are not uint8 or the labels not integers.
         ValueError: Shapes do not fit, there is no example, or a label names no class.
 
-    >>> check_batch(Batch(np.zeros((1, 28, 28), np.float32), np.zeros(1, np.int32)), "train")
+    >>> check_batch(Batch(np.ones((1, 28, 28), np.uint8), np.array([10])), "train")
     Traceback (most recent call last):
-    TypeError: train.images must be uint8 pixels from 0 to 255, as stored; got float32
+    ValueError: train.labels must lie in 0..9, got 10..10
     """
     if not (isinstance(batch, tuple) and len(batch) == 2 and all(hasattr(leaf, "dtype") for leaf in batch)):
         raise TypeError(f"{name} must be a Batch of two arrays, got {type(batch).__name__}")
     images, labels = batch
     if images.dtype != np.uint8:
-        raise TypeError(f"{name}.images must be uint8 pixels from 0 to 255, as stored; got {images.dtype}")
-    if not np.issubdtype(labels.dtype, np.integer):
+        raise TypeError(f"{name}.images must be uint8 pixels from 0 to 255, as stored; got {_described(images)}")
+    if not jnp.issubdtype(labels.dtype, np.integer):
         raise TypeError(f"{name}.labels must be integers, got {labels.dtype}")
     if images.ndim < 3 or labels.shape != images.shape[:1]:
         raise ValueError(
@@ -209,13 +225,35 @@ def check_batch(batch: Batch, name: str) -> None:
         )
     if not len(labels):
         raise ValueError(f"{name} must hold at least one example, got none")
+    if isinstance(labels, Tracer):
+        return
     smallest, largest = int(labels.min()), int(labels.max())
     if smallest < 0 or largest >= len(CLASS_NAMES):
         raise ValueError(f"{name}.labels must lie in 0..{len(CLASS_NAMES) - 1}, got {smallest}..{largest}")
 
 
+def check_key(key) -> None:
+    """Refuse what is not one typed key, such as a seed, several keys, or a key of the old kind.
+
+    Args:
+        key: From `jax.random.key`.
+
+    Raises:
+        TypeError: It is something else.
+
+    >>> check_key(jax.random.PRNGKey(0))
+    Traceback (most recent call last):
+    TypeError: key must be one typed key, from jax.random.key(seed); got Array([0, 0], dtype=uint32)
+    """
+    if not (isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape == ()):
+        raise TypeError(f"key must be one typed key, from jax.random.key(seed); got {key!r}")
+
+
 def read_idx(path: str | os.PathLike) -> UInt8[np.ndarray, "..."]:
     """Read one IDX file of unsigned bytes, gzipped or not.
+
+    The format has no check sum, so a changed pixel in a file that is not gzipped goes unnoticed here; `load` compares
+    the published files with their digests.
 
     Args:
         path: The file.
@@ -225,6 +263,7 @@ def read_idx(path: str | os.PathLike) -> UInt8[np.ndarray, "..."]:
 
     Raises:
         ValueError: The gzip stream is damaged, or the header and the length do not fit.
+        OSError: The file cannot be read.
 
     Source: the format's description on Yann LeCun's MNIST page.
 
@@ -234,25 +273,7 @@ def read_idx(path: str | os.PathLike) -> UInt8[np.ndarray, "..."]:
     >>> read_idx(path).tolist()
     [7, 8, 9]
     """
-    content = Path(path).read_bytes()
-    if content[:2] == b"\x1f\x8b":
-        try:
-            content = gzip.decompress(content)
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise ValueError(f"{path}: damaged gzip file ({error}); fetch it again") from error
-    if len(content) < 4 or content[:3] != b"\x00\x00\x08":
-        raise ValueError(
-            f"{path}: not an IDX file of unsigned bytes: it starts with {content[:4].hex(' ') or 'nothing'}"
-        )
-    header = 4 + 4 * content[3]
-    if len(content) < header:
-        raise ValueError(f"{path}: the IDX header is cut short after {len(content)} bytes")
-    shape = tuple(int(count) for count in np.frombuffer(content[4:header], ">u4"))
-    if len(content) - header != math.prod(shape):
-        raise ValueError(
-            f"{path}: the IDX header tells {list(shape)}, {math.prod(shape)} bytes, but {len(content) - header} follow"
-        )
-    return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
+    return _parsed(Path(path).read_bytes(), path)
 
 
 def cache_dir() -> Path:
@@ -275,9 +296,49 @@ def _stratified_order(labels, key) -> np.ndarray:
     return permutation[np.lexsort((shuffled, (rank + 0.5) / counts[shuffled]))]
 
 
+def _described(images) -> str:
+    """Tell what images are that are not uint8, and what to do about it."""
+    if not images.size or isinstance(images, Tracer) or not jnp.issubdtype(images.dtype, np.number):
+        return f"{images.dtype}"
+    low, high = float(images.min()), float(images.max())
+    found = f"{images.dtype} from {low:g} to {high:g}"
+    if low >= 0 and high <= 1:
+        return (
+            f"{found}. These look scaled: hand over the pixels as they were before, the model standardises them itself"
+        )
+    if low >= 0 and high <= 255:
+        return f"{found}. If these are unscaled pixels, convert them with .astype(np.uint8)"
+    return f"{found}. The model standardises pixels itself, so hand them over as they were before"
+
+
 def _take(batch: Batch, indices) -> Batch:
     indices = np.sort(indices)
     return Batch(np.asarray(batch.images)[indices], np.asarray(batch.labels)[indices])
+
+
+def _parsed(content: bytes, origin: str | os.PathLike) -> np.ndarray:
+    if content[:2] == b"\x1f\x8b":
+        try:
+            content = gzip.decompress(content)
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise ValueError(f"{origin}: damaged gzip file ({error}); fetch it again") from error
+    if len(content) < 4 or content[:3] != b"\x00\x00\x08":
+        raise ValueError(
+            f"{origin}: not an IDX file of unsigned bytes: it starts with {content[:4].hex(' ') or 'nothing'}"
+        )
+    header = 4 + 4 * content[3]
+    if len(content) < header:
+        raise ValueError(f"{origin}: the IDX header is cut short after {len(content)} bytes")
+    shape = tuple(int(count) for count in np.frombuffer(content[4:header], ">u4"))
+    pixels = np.frombuffer(content, np.uint8)[header:]
+    if len(pixels) != math.prod(shape):
+        raise ValueError(
+            f"{origin}: the IDX header tells {list(shape)}, {math.prod(shape)} bytes, but {len(pixels)} follow"
+        )
+    try:
+        return pixels.reshape(shape)
+    except ValueError as error:
+        raise ValueError(f"{origin}: the IDX header tells {list(shape)}, which no array can have ({error})") from error
 
 
 def _as_idx(array) -> bytes:
@@ -295,7 +356,7 @@ def _verified(arrays: dict[str, np.ndarray], origin: dict[str, str]) -> Splits:
             )
             raise ValueError(
                 f"{origin[name]}: expected the published {name} with SHA-256 {DIGESTS[name]}, found "
-                f"{held or f'{list(array.shape)} bytes with SHA-256 {digest}'}; fetch it again"
+                f"{held or f'{list(array.shape)} bytes{_range(array)} with SHA-256 {digest}'}; fetch it again"
             )
     images = [arrays[name] for name in DIGESTS if "images" in name]
     labels = [arrays[name].astype(np.int32) for name in DIGESTS if "labels" in name]
@@ -304,27 +365,38 @@ def _verified(arrays: dict[str, np.ndarray], origin: dict[str, str]) -> Splits:
     return Splits(*map(Batch, images, labels))
 
 
+def _range(array) -> str:
+    return f" from {array.min()} to {array.max()}" if array.size else ""
+
+
 def _from_idx(directory: Path | None) -> Splits | None:
     places = [] if directory is None else [directory, directory / "FashionMNIST" / "raw"]
     for place in [*places, cache_dir(), DEBIAN_DIR]:
-        found = {
-            name: path for name in DIGESTS for suffix in (".gz", "") if (path := place / (name + suffix)).is_file()
-        }
-        ours = place == cache_dir()
-        missing = DIGESTS.keys() - found.keys()
-        if missing and found and not ours:
-            raise FileNotFoundError(f"{place} lacks {', '.join(sorted(missing))} beside the other IDX files")
-        if missing:
-            continue
+        named, ours = place in places, place == cache_dir()
+        found: dict[str, Path] = {}
         try:
+            found = {
+                name: path for name in DIGESTS for suffix in (".gz", "") if (path := place / (name + suffix)).is_file()
+            }
+            missing = DIGESTS.keys() - found.keys()
+            if missing and found and not ours:
+                raise FileNotFoundError(f"{place} lacks {', '.join(sorted(missing))} beside the other IDX files")
+            if missing:
+                continue
             arrays = {name: read_idx(path) for name, path in found.items()}
             splits = _verified(arrays, {name: str(path) for name, path in found.items()})
+        except PermissionError as error:
+            if named:
+                raise
+            _log.warning("passing over what may not be read: %s", error)
+            continue
         except ValueError as error:
             if not ours:
                 raise
             _log.warning("removing a damaged file from the cache: %s", error)
             for path in found.values():
-                path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    path.unlink()
             continue
         _log.info("Fashion-MNIST from the IDX files in %s", place)
         return splits
@@ -338,7 +410,8 @@ def _tfds_dirs(directory: Path | None) -> list[Path]:
 
 def _from_tfds(directory: Path | None) -> Splits | None:
     for place in _tfds_dirs(directory):
-        for info in sorted(place.glob("fashion_mnist/*/dataset_info.json")):
+        # Versions have numbers; what TFDS has not finished is called incomplete.* beside them.
+        for info in sorted(place.glob("fashion_mnist/[0-9]*/dataset_info.json")):
             if not any(info.parent.glob("*.array_record*")):
                 _log.warning("%s is not prepared as array_record, which reading without TensorFlow needs", info.parent)
                 continue
@@ -384,24 +457,29 @@ def _fill_cache(splits: Splits) -> None:
 
 
 def _from_download(directory: Path | None) -> Splits:
-    if reason := _unreachable(URL):
-        raise FileNotFoundError(_advice(f"no Fashion-MNIST here, and {URL} does not answer ({reason})"))
-    place = _tfds_dirs(directory)[0]
-    place.mkdir(parents=True, exist_ok=True)
-    _log.info("downloading Fashion-MNIST (30 MB) into %s", place)
-    _prepare_tfds(place)
-    splits = _from_tfds(place)
-    if splits is None:
-        raise FileNotFoundError(f"TFDS prepared nothing that can be read in {place}; remove {place}/fashion_mnist")
-    return splits
+    place = prepare_directory(_tfds_dirs(directory)[0])
+    with locked(place):
+        if splits := _from_tfds(place):
+            _log.info("another process has prepared it meanwhile")
+            return splits
+        if reason := _unreachable(URL):
+            raise FileNotFoundError(_advice(f"no Fashion-MNIST here, and {URL} does not answer ({reason})"))
+        _log.info("downloading Fashion-MNIST (30 MB) into %s", place)
+        _prepare_tfds(place)
+        if splits := _from_tfds(place):
+            return splits
+    raise FileNotFoundError(f"TFDS prepared nothing that can be read in {place}; remove {place}/fashion_mnist")
 
 
 def _prepare_tfds(place: Path) -> None:
     """Prepare the data set as stock TFDS would, without TensorFlow.
 
-    The stock builder needs TensorFlow to extract gzip and to encode PNG; this one does both itself, and what it writes
-    is read by stock TFDS.
+    The stock builder needs TensorFlow to extract gzip and to encode PNG, and waits for ever for a host that falls
+    silent; this one does all three itself, and what it writes is read by stock TFDS.
     """
+    origin = {name: f"{URL}{name}.gz" for name in DIGESTS}
+    fetched = _verified({name: _parsed(_fetched(url), url) for name, url in origin.items()}, origin)
+
     import PIL.Image
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core import registered
@@ -413,10 +491,7 @@ def _prepare_tfds(place: Path) -> None:
             name = "fashion_mnist"
 
             def _split_generators(self, dl_manager):
-                paths = dl_manager.download({name: f"{URL}{name}.gz" for name in DIGESTS})
-                arrays = {name: read_idx(path) for name, path in paths.items()}
-                splits = _verified(arrays, {name: f"{URL}{name}.gz" for name in DIGESTS})
-                return {split: self._generate_examples(batch) for split, batch in splits._asdict().items()}
+                return {split: self._generate_examples(batch) for split, batch in fetched._asdict().items()}
 
             def _generate_examples(self, batch):
                 for i, (image, label) in enumerate(zip(*batch, strict=True)):
@@ -424,11 +499,42 @@ def _prepare_tfds(place: Path) -> None:
                     PIL.Image.fromarray(image).save(png, "PNG")
                     yield i, {"image": png.getvalue(), "label": int(label)}
 
+    with scratch_directory(place) as scratch:
+        try:
+            builder = FashionMNIST(data_dir=scratch, file_format="array_record")  # pyright: ignore
+            builder.download_and_prepare()
+        except Exception as error:  # Each layer of TFDS has its own errors for a full disk.
+            raise OSError(f"{place}/fashion_mnist: TFDS cannot prepare the data set: {error}") from error
+        made = Path(builder.data_dir)
+        target = place / "fashion_mnist" / made.name
+        target.parent.mkdir(exist_ok=True)
+        try:
+            made.rename(target)
+        except OSError as error:
+            raise FileExistsError(f"{target} is there, but cannot be read without TensorFlow; remove it") from error
+
+
+def _fetched(url: str) -> bytes:
+    """Download one file into memory; a host that falls silent or breaks off is an error."""
+    deadline = time.monotonic() + DOWNLOAD_SECONDS
+    content, total = bytearray(), None
     try:
-        builder = FashionMNIST(data_dir=place, file_format="array_record")  # pyright: ignore
-        builder.download_and_prepare()
-    except FileExistsError:
-        _log.info("another process prepared %s meanwhile", place)
+        with urllib.request.urlopen(url, timeout=STALL_SECONDS) as answer:
+            total = answer.headers.get("Content-Length")
+            while part := answer.read1(1 << 20):
+                content += part
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"more than {DOWNLOAD_SECONDS:g} s")
+        if total is not None and len(content) != int(total):
+            raise ConnectionError("the host broke off")
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        _close(error)
+        reason = f"nothing came for {STALL_SECONDS:g} s" if str(error) == "timed out" else error
+        raise ConnectionError(
+            f"{url}: the download failed after {len(content):,} of {total or 'unknown'} bytes ({reason}); nothing was "
+            "kept, try again"
+        ) from error
+    return bytes(content)
 
 
 def _unreachable(url: str) -> str | None:
@@ -440,7 +546,8 @@ def _unreachable(url: str) -> str | None:
             request = urllib.request.Request(f"{url}{next(iter(DIGESTS))}.gz", method="HEAD")
             with urllib.request.urlopen(request, timeout=PROBE_SECONDS):
                 answer[0] = ""
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            _close(error)
             answer[0] = str(getattr(error, "reason", error)) or type(error).__name__
 
     # A name server that is silent blocks longer than any time-out of a socket, so the wait is bounded from outside.
@@ -448,6 +555,12 @@ def _unreachable(url: str) -> str | None:
     thread.start()
     thread.join(PROBE_SECONDS + 0.5)
     return answer[0] or None
+
+
+def _close(error: Exception) -> None:
+    """Let go of the answer that an error of HTTP carries."""
+    if isinstance(error, urllib.error.HTTPError):
+        error.close()
 
 
 def _advice(what: str) -> str:

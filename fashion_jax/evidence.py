@@ -85,6 +85,40 @@ class Verdict(NamedTuple):
     note: str
 
 
+def check_history(history: History, name: str, *, axes: tuple[str, ...] | None = None) -> None:
+    """Refuse what is no History.
+
+    Args:
+        history: What to look at; all leaves have one shape, whose last axis holds at least one epoch.
+        name: What to call it in the error.
+        axes: Names of the axes that it must have, the last of them "epochs"; any number if left out.
+
+    Raises:
+        TypeError: It is not a History of numbers.
+        ValueError: Leaves have other axes, or hold nothing.
+
+    >>> from fashion_jax.train import Metrics
+    >>> curve = np.array([0.5, 0.4])
+    >>> check_history(History(curve, Metrics(curve, curve), Metrics(curve, curve)), "arm", axes=("runs", "epochs"))
+    Traceback (most recent call last):
+    ValueError: arm must have leaves [runs, epochs], got [2]
+    """
+    try:
+        leaves = [history.running_loss, *history.train, *history.validation]
+        kinds = {np.asarray(leaf).dtype.kind for leaf in leaves}
+    except (AttributeError, TypeError):
+        raise TypeError(f"{name} must be a History, got {type(history).__name__}") from None
+    if not kinds <= set("fiu"):
+        raise TypeError(f"{name} must hold numbers, got {', '.join(str(np.asarray(leaf).dtype) for leaf in leaves)}")
+    shapes = {np.shape(leaf) for leaf in leaves}
+    expected = "[..., epochs]" if axes is None else f"[{', '.join(axes)}]"
+    if len(shapes) > 1:
+        raise ValueError(f"{name} must have leaves {expected} of one shape, got {sorted(map(list, shapes))}")
+    (shape,) = shapes
+    if not shape or 0 in shape or (axes is not None and len(shape) != len(axes)):
+        raise ValueError(f"{name} must have leaves {expected}, got {list(shape)}")
+
+
 def summarise(history: History) -> Summary:
     """Reduce each run to a few numbers.
 
@@ -92,7 +126,9 @@ def summarise(history: History) -> Summary:
         history: Leaves [..., epochs].
 
     Raises:
-        ValueError: A loss is not finite, as of a lane that was stopped.
+        TypeError: It is not a History.
+        ValueError: Its leaves have other axes, there is no epoch, or a loss is not finite, as
+            of a lane that was stopped.
 
     >>> from fashion_jax.train import Metrics
     >>> curve = np.array([0.5, 0.4, 0.45])
@@ -100,6 +136,7 @@ def summarise(history: History) -> Summary:
     >>> int(summary.best_epoch), float(summary.late_rise.round(3)), float(summary.fair_gap.round(3))
     (2, 0.05, 0.1)
     """
+    check_history(history, "history")
     loss = np.asarray(history.validation.loss, np.float64)
     accuracy = np.asarray(history.validation.accuracy, np.float64)
     training_loss = np.asarray(history.train.loss, np.float64)
@@ -136,7 +173,7 @@ def interval(values: Float[np.ndarray, " seeds"]) -> Interval:
     >>> print(interval(np.array([1.0, 2.0, 3.0])))
     +2.0000 [-0.4841, +4.4841]
     """
-    values = np.asarray(values, np.float64)
+    values = _numbers(values, "values")
     if values.ndim != 1 or not len(values):
         raise ValueError(f"values must have shape [seeds] with at least one seed, got {list(values.shape)}")
     mean, n = float(values.mean()), len(values)
@@ -162,7 +199,7 @@ def paired(first: Float[np.ndarray, " seeds"], second: Float[np.ndarray, " seeds
     >>> paired(np.array([0.38, 0.37]), np.array([0.42, 0.43])).mean.__round__(3)
     -0.05
     """
-    first, second = np.asarray(first), np.asarray(second)
+    first, second = _numbers(first, "first"), _numbers(second, "second")
     if first.shape != second.shape:
         raise ValueError(f"paired arms must have the same seeds, got {list(first.shape)} and {list(second.shape)}")
     return interval(first - second)
@@ -176,10 +213,15 @@ def best_epochs(loss: Float[np.ndarray, "seeds epochs"]) -> Int[np.ndarray, " se
     Args:
         loss: One curve a seed, at least two.
 
+    Raises:
+        ValueError: There are other axes, or fewer than two seeds.
+
     >>> best_epochs(np.array([[3.0, 1.0, 2.0], [3.0, 2.0, 1.0]])).tolist()
     [2, 1]
     """
-    loss = np.asarray(loss, np.float64)
+    loss = _curves(loss)
+    if len(loss) < 2:
+        raise ValueError("loss must hold the curves of at least two seeds, of which one chooses for another; got 1")
     return (loss.sum(axis=0) - loss).argmin(axis=1)
 
 
@@ -191,10 +233,13 @@ def late_rises(loss: Float[np.ndarray, "seeds epochs"]) -> Float[np.ndarray, " s
     Args:
         loss: One curve a seed. A single seed can choose for itself alone.
 
+    Raises:
+        ValueError: There are other axes, or there is no seed or no epoch.
+
     >>> late_rises(np.array([[3.0, 1.0, 2.0], [3.0, 2.0, 1.5]])).tolist()
     [0.0, -0.5]
     """
-    loss = np.asarray(loss, np.float64)
+    loss = _curves(loss)
     epochs = best_epochs(loss) if len(loss) > 1 else loss.argmin(axis=1)
     return loss[:, -1] - _at(loss, epochs)
 
@@ -213,6 +258,7 @@ def judge(plain: History, dropout: History) -> list[Verdict]:
         One verdict a claim.
 
     Raises:
+        TypeError: An arm is not a History.
         ValueError: Leaves have other axes, or the arms do not share their seeds.
 
     >>> from fashion_jax.train import Metrics
@@ -221,6 +267,8 @@ def judge(plain: History, dropout: History) -> list[Verdict]:
     >>> judge(*arms)[0].answer
     'supported'
     """
+    check_history(plain, "plain")
+    check_history(dropout, "dropout")
     losses = [np.asarray(history.validation.loss, np.float64) for history in (plain, dropout)]
     if losses[0].ndim != 2 or losses[0].shape != losses[1].shape:
         raise ValueError(
@@ -273,6 +321,20 @@ def judge(plain: History, dropout: History) -> list[Verdict]:
             accuracy,
         ),
     ]
+
+
+def _numbers(values, name: str) -> np.ndarray:
+    try:
+        return np.asarray(values, np.float64)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must hold numbers, got {values!r}") from None
+
+
+def _curves(loss) -> np.ndarray:
+    loss = _numbers(loss, "loss")
+    if loss.ndim != 2 or not loss.size:
+        raise ValueError(f"loss must have shape [seeds, epochs] with at least one of each, got {list(loss.shape)}")
+    return loss
 
 
 def _at(curves, epochs):

@@ -1,45 +1,200 @@
 """How files are written: under a temporary name in the same directory, synced, then renamed.
 
-A reader sees the old file or the new one, never a part of one, whenever the writer is stopped.
+A reader sees the old file or the new one, never a part of one, whenever the writer is stopped. A writer holds a lock on
+what it writes, and the kernel opens the lock when the writer dies, in whatever way. So what a killed writer has left
+can be told from what a living one is at, and the next writer in the same directory removes it.
 """
 
+import contextlib
+import fcntl
 import os
-import tempfile
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
+
+_PARTIAL = re.compile(r"\..+-[0-9a-f]{8}\.partial")
 
 
 def write_atomically(path: str | os.PathLike, content: bytes | str) -> None:
     """Write a file as a whole or not at all; missing parent directories are made.
+
+    What killed writers have left in the directory is removed first.
 
     Args:
         path: Where to; an existing file is replaced.
         content: Bytes, or text that is encoded as UTF-8.
 
     Raises:
+        TypeError: `content` is neither bytes nor text.
         OSError: The directory cannot be written, or the disk is full; an existing file is left as it was.
 
+    >>> import tempfile
     >>> path = Path(tempfile.mkdtemp()) / "deep" / "note.txt"
     >>> write_atomically(path, "done")
     >>> path.read_text()
     'done'
     """
+    if not isinstance(content, (bytes, str)):
+        raise TypeError(f"content must be bytes or str, got {type(content).__name__}")
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            # mkstemp makes private files; this one is to be as readable as any other that the user writes.
-            os.fchmod(file.fileno(), 0o666 & ~_umask())
-            os.fsync(file.fileno())
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_partial(path.parent)
+        with _partial(path, directory=False) as (descriptor, temporary):
+            temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+            os.fsync(descriptor)
+            temporary.replace(path)
+    except OSError as error:
+        what = f"{error.strerror}; this file was not written, and an earlier one is as it was"
+        raise OSError(error.errno, what, str(path)) from error
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+@contextlib.contextmanager
+def scratch_directory(parent: str | os.PathLike) -> Iterator[Path]:
+    """Make a temporary directory inside another, on the same file system, and remove it at the end of the block.
+
+    If the process is killed, the next writer in `parent` removes it.
+
+    Args:
+        parent: An existing directory.
+
+    Yields:
+        The empty directory.
+
+    >>> import tempfile
+    >>> parent = Path(tempfile.mkdtemp())
+    >>> with scratch_directory(parent) as scratch:
+    ...     write_atomically(scratch / "note.txt", "done")
+    ...     _ = (scratch / "note.txt").rename(parent / "note.txt")
+    >>> [entry.name for entry in parent.iterdir()]
+    ['note.txt']
+    """
+    remove_partial(parent)
+    with _partial(Path(parent) / "scratch", directory=True) as (_, temporary):
+        yield temporary
+
+
+def prepare_directory(path: str | os.PathLike) -> Path:
+    """Make a directory ready to be written into, so that a long run learns at its start that it is not.
+
+    The directory is made if it is missing, a file is written and removed again, and what killed writers have left is
+    removed.
+
+    Args:
+        path: The directory.
+
+    Returns:
+        The same, as a Path.
+
+    Raises:
+        OSError: No file can be written there.
+
+    >>> import tempfile
+    >>> prepare_directory(Path(tempfile.mkdtemp()) / "runs" / "first").is_dir()
+    True
+    """
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        remove_partial(path)
+        with _partial(path / "probe", directory=False):
+            pass
+    except OSError as error:
+        raise OSError(
+            error.errno, f"{error.strerror}; no files can be written into this directory", str(path)
+        ) from error
+    return path
+
+
+def remove_partial(directory: str | os.PathLike) -> None:
+    """Remove what writers that were killed have left in a directory; what living ones are writing stays.
+
+    Args:
+        directory: Where; if it is missing or may not be changed, nothing happens.
+
+    >>> import tempfile
+    >>> directory = Path(tempfile.mkdtemp())
+    >>> left = directory / ".note.txt-0123abcd.partial"
+    >>> left.touch()
+    >>> remove_partial(directory)
+    >>> left.exists()
+    False
+    """
+    with contextlib.suppress(OSError):
+        for path in Path(directory).iterdir():
+            if not _PARTIAL.fullmatch(path.name):
+                continue
+            with contextlib.suppress(OSError):
+                descriptor = _open(path)
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    _remove(path)
+                finally:
+                    os.close(descriptor)
+
+
+@contextlib.contextmanager
+def locked(directory: str | os.PathLike) -> Iterator[None]:
+    """Let one process at a time into the block, of all that name the same directory; the others wait.
+
+    The lock leaves no file. A file system that has no locks lets everybody in.
+
+    Args:
+        directory: An existing directory.
+
+    >>> import tempfile
+    >>> with locked(tempfile.mkdtemp()):
+    ...     print("alone")
+    alone
+    """
+    descriptor = _open(Path(directory))
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _partial(path: Path, *, directory: bool) -> Iterator[tuple[int, Path]]:
+    """Make a locked temporary file or directory beside `path`, and remove it unless the block has renamed it."""
+    descriptor, temporary = _made(path, directory)
+    try:
+        yield descriptor, temporary
+    finally:
+        _remove(temporary)
+        os.close(descriptor)
+
+
+def _made(path: Path, directory: bool) -> tuple[int, Path]:
+    while True:
+        temporary = path.with_name(f".{path.name}-{secrets.token_hex(4)}.partial")
+        # Modes are left to the umask, so that the result is as readable as any other file that the user writes.
+        if directory:
+            temporary.mkdir()
+        else:
+            temporary.touch(exist_ok=False)
+        try:
+            descriptor = _open(temporary)
+        except FileNotFoundError:
+            continue
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if temporary.exists():
+            return descriptor, temporary
+        # Before it was locked, another writer took it for a dead one's.
+        os.close(descriptor)
+
+
+def _open(path: Path) -> int:
+    return os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

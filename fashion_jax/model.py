@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.linen.summary import tabulate
 from jax.core import Tracer
 from jaxtyping import Array, Float, UInt8
@@ -43,7 +44,8 @@ def check_rate(rate, name: str = "dropout_rate") -> None:
         raise TypeError(f"{name} must be one number in [0, 1), got {rate!r}") from None
     if isinstance(rate, (bool, str)):
         raise TypeError(f"{name} must be one number in [0, 1), got {rate!r}")
-    if not 0 <= value < 1:
+    # Programs take the rate as float32, in which 1 - 1e-9 is 1.
+    if not 0 <= value < 1 or np.float32(value) == 1:
         raise ValueError(f"{name} must lie in [0, 1), got {value}")
 
 
@@ -127,11 +129,6 @@ class FashionMLP(nn.Module):
             TypeError: The images are not `uint8`.
             ValueError: The images do not have a leading batch axis.
         """
-        if x.dtype != jnp.uint8:
-            raise TypeError(
-                f"images must be uint8 pixels from 0 to 255, got {x.dtype}; the model standardises them itself, so do "
-                "not scale them before"
-            )
         if x.ndim < 3:
             raise ValueError(f"images must have shape [n, height, width], got {list(x.shape)}")
         x = standardise(x).reshape(x.shape[0], -1)
@@ -144,9 +141,17 @@ class FashionMLP(nn.Module):
 def standardise(images: UInt8[Array, "*shape"]) -> Float[Array, "*shape"]:
     """Map pixels from 0..255 to [-1, 1], in the tutorial's two steps: x/255, then (x - 0.5)/0.5.
 
+    Raises:
+        TypeError: The images are not `uint8`: scaled already, they would train a network without a word.
+
     >>> standardise(jnp.array([0, 255], jnp.uint8)).tolist()
     [-1.0, 1.0]
     """
+    if images.dtype != jnp.uint8:
+        raise TypeError(
+            f"images must be uint8 pixels from 0 to 255, got {images.dtype}; the model standardises them itself, so do "
+            "not scale them before"
+        )
     return (images.astype(jnp.result_type(float)) / 255 - 0.5) / 0.5
 
 

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from fashion_jax.evidence import Summary
+from fashion_jax.evidence import Summary, check_history
 from fashion_jax.train import History
 
 _CURVES = {
@@ -38,6 +38,7 @@ def losses(arms: Mapping[str, History], *, reference: Mapping[str, History] | No
         The figure; the losses are in nats.
 
     Raises:
+        TypeError: An arm is not a History.
         ValueError: There is no arm, or a leaf has other axes.
 
     >>> from fashion_jax.train import Metrics
@@ -48,6 +49,8 @@ def losses(arms: Mapping[str, History], *, reference: Mapping[str, History] | No
     """
     if not arms:
         raise ValueError("arms must hold at least one History, got none")
+    for title, history in arms.items():
+        check_history(history, f"arms[{title!r}]")
     figure = Figure(figsize=(1 + 4.5 * len(arms), 4.2), layout="constrained")
     panels = figure.subplots(1, len(arms), sharey=True, squeeze=False)[0]
     for axes, (title, history) in zip(panels, arms.items(), strict=True):
@@ -83,13 +86,23 @@ def classification(
         label: The right class, if known; its bar is hatched.
 
     Raises:
-        ValueError: There are not as many names as probabilities.
+        TypeError: The image is not uint8.
+        ValueError: There are not as many names as probabilities, `label` names no class, or a shape is wrong.
 
     >>> figure = classification(np.zeros((28, 28), np.uint8), np.array([0.1, 0.9]), class_names=["bag", "coat"])
     >>> [text.get_text() for text in figure.axes[1].get_yticklabels()]
     ['bag', 'coat']
     """
-    probabilities = np.asarray(probabilities)
+    image, probabilities = np.asarray(image), np.asarray(probabilities)
+    _check_pixels(image, "image")
+    if image.ndim != 2:
+        raise ValueError(f"image must have shape [height, width], got {list(image.shape)}")
+    if probabilities.ndim != 1 or not len(probabilities):
+        raise ValueError(f"probabilities must have shape [classes], got {list(probabilities.shape)}")
+    if not ((probabilities >= 0) & (probabilities <= 1)).all():
+        raise ValueError(f"probabilities must lie in [0, 1], got {probabilities.min()} to {probabilities.max()}")
+    if label is not None and not 0 <= label < len(probabilities):
+        raise ValueError(f"label must lie in 0..{len(probabilities) - 1}, got {label}")
     if len(class_names) != len(probabilities):
         raise ValueError(f"class_names must name {len(probabilities)} classes, got {len(class_names)}")
     figure = Figure(figsize=(7, 3.2), layout="constrained")
@@ -130,12 +143,14 @@ def image_sheet(images: UInt8[Array | np.ndarray, "n height width"], *, columns:
         columns: Images in a row.
 
     Raises:
+        TypeError: The images are not uint8.
         ValueError: There is no image, or `columns` is below 1.
 
     >>> image_sheet(np.zeros((7, 28, 28), np.uint8), columns=3).axes[0].images[0].get_array().shape
     (84, 84)
     """
     images = np.asarray(images)
+    _check_pixels(images, "images")
     if images.ndim != 3 or not len(images):
         raise ValueError(f"images must have shape [n, height, width] with n at least 1, got {list(images.shape)}")
     if columns < 1:
@@ -216,6 +231,12 @@ def study(summary: Summary, *, dropout_rates: Sequence[float], sizes: Sequence[i
     axes.set_title("★ lowest final loss of its size", fontsize=10)
     figure.colorbar(cells, ax=axes, label="above the lowest (nats)")
     return figure
+
+
+def _check_pixels(images: np.ndarray, name: str) -> None:
+    # Scaled to [0, 1], they would be drawn as black.
+    if images.dtype != np.uint8:
+        raise TypeError(f"{name} must be uint8 pixels from 0 to 255, got {images.dtype}")
 
 
 def _curve(axes: Axes, values, label: str, style: dict) -> None:

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from fashion_jax.config import TrainConfig
-from fashion_jax.evidence import Verdict, summarise
+from fashion_jax.evidence import Verdict, check_history, summarise
 from fashion_jax.train import History, Metrics
 
 
@@ -45,12 +45,19 @@ def as_json(arms: Mapping[str, History], *, seeds: list[int], config: TrainConfi
         config: The config that all runs share.
         **more: Further entries, such as the dropout rates.
 
+    Raises:
+        TypeError: An arm is not a History, or `config` not a TrainConfig.
+        ValueError: There is no arm, or a leaf has other axes.
+
     >>> from fashion_jax.train import Metrics
     >>> curve = np.array([[0.5, 0.4]])
     >>> arms = {"no dropout": History(curve, Metrics(curve, curve), Metrics(curve, curve))}
     >>> as_json(arms, seeds=[0], config=TrainConfig())["arms"]["no dropout"]["train"]["loss"]
     [[0.5, 0.4]]
     """
+    _check_arms(arms)
+    if not isinstance(config, TrainConfig):
+        raise TypeError(f"config must be a TrainConfig, got {config!r}")
     return {
         "environment": environment(),
         "config": dataclasses.asdict(config),
@@ -73,12 +80,17 @@ def summaries(arms: Mapping[str, History]) -> dict[str, Any]:
     Args:
         arms: Title and History of each arm; leaves [runs, epochs].
 
+    Raises:
+        TypeError: An arm is not a History.
+        ValueError: There is no arm, or a leaf has other axes.
+
     >>> from fashion_jax.train import Metrics
     >>> curve = np.array([[0.5, 0.25]])
     >>> arms = {"no dropout": History(curve, Metrics(curve, curve), Metrics(curve, curve))}
     >>> summaries(arms)["no dropout"]["best_epoch"]
     [2]
     """
+    _check_arms(arms)
     return {
         title: {name: leaf.tolist() for name, leaf in summarise(history)._asdict().items()}
         for title, history in arms.items()
@@ -96,6 +108,10 @@ def table(arms: Mapping[str, History]) -> str:
     Returns:
         A Markdown table; the losses are in nats.
 
+    Raises:
+        TypeError: An arm is not a History.
+        ValueError: There is no arm, or a leaf has other axes.
+
     >>> from fashion_jax.train import Metrics
     >>> curve = np.array([[0.5, 0.4, 0.45]])
     >>> print(table({"no dropout": History(curve, Metrics(curve, curve), Metrics(curve, curve))}))
@@ -104,6 +120,7 @@ def table(arms: Mapping[str, History]) -> str:
     | no dropout | last: 3 | 0.4500                | 0.4500             | 0.4500          | 0.4500   |
     | no dropout | best: 2 | 0.4000                | 0.4000             | 0.4000          | 0.4000   |
     """
+    _check_arms(arms)
     heading = ("arm", "epoch", "running training loss", "fair training loss", "validation loss", "accuracy")
     rows: list[tuple[str, ...]] = [heading]
     for title, history in arms.items():
@@ -163,7 +180,8 @@ def read_curves(path: str | os.PathLike) -> dict[float, History]:
         For each rate a History with leaves [runs, epochs]; the fair training curve, which nobody measured, is NaN.
 
     Raises:
-        ValueError: A column is missing, or runs have different epochs.
+        OSError: The file cannot be read.
+        ValueError: A column is missing, a cell is no number, or runs have different epochs.
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp()) / "curves.csv"
@@ -172,12 +190,21 @@ def read_curves(path: str | os.PathLike) -> dict[float, History]:
     >>> read_curves(path)[0.2].running_loss.tolist()
     [[0.6, 0.5]]
     """
-    with Path(path).open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    with Path(path).open(newline="", encoding="utf-8") as file:
+        try:
+            rows = list(csv.DictReader(file))
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(f"{path}: not a CSV file ({error})") from error
     columns = ("running_train_loss", "test_loss", "test_accuracy")
     missing = {"run", "dropout_rate", "epoch", *columns} - set(rows[0] if rows else ())
     if missing:
         raise ValueError(f"{path} lacks the columns {', '.join(sorted(missing))}")
+    for line, row in enumerate(rows, start=2):
+        for column in ("dropout_rate", "epoch", *columns):
+            try:
+                float(row[column])
+            except (TypeError, ValueError):
+                raise ValueError(f"{path}, line {line}: {column} must be a number, got {row[column]!r}") from None
     arms: dict[float, History] = {}
     for rate in sorted({float(row["dropout_rate"]) for row in rows}):
         here = [row for row in rows if float(row["dropout_rate"]) == rate]
@@ -185,7 +212,7 @@ def read_curves(path: str | os.PathLike) -> dict[float, History]:
         if len({len(run) for run in runs}) > 1:
             raise ValueError(f"{path}: the runs at dropout rate {rate:g} have different numbers of epochs")
         for run in runs:
-            run.sort(key=lambda row: int(row["epoch"]))
+            run.sort(key=lambda row: float(row["epoch"]))
         running, loss, accuracy = (
             np.array([[float(row[column]) for row in run] for run in runs]) for column in columns
         )
@@ -201,6 +228,8 @@ def mean_and_sd(values) -> str:
     '0.5000 ± 0.3536'
     """
     values = np.asarray(values, np.float64)
+    if values.ndim != 1 or not len(values):
+        raise ValueError(f"values must have shape [runs] with at least one run, got {list(values.shape)}")
     return f"{values.mean():.4f}" + (f" ± {values.std(ddof=1):.4f}" if len(values) > 1 else "")
 
 
@@ -212,12 +241,23 @@ def markdown(rows: list[tuple[str, ...]]) -> str:
     |---|----|
     | 1 | 22 |
     """
+    if len({len(row) for row in rows}) != 1:
+        raise ValueError(f"rows must be of one length, the first of them the heading; got {[len(row) for row in rows]}")
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
     ]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     return "\n".join(lines)
+
+
+def _check_arms(arms: Mapping[str, History]) -> None:
+    if not isinstance(arms, Mapping):
+        raise TypeError(f"arms must map titles to Histories, got {type(arms).__name__}")
+    if not arms:
+        raise ValueError("arms must hold at least one History, got none")
+    for title, history in arms.items():
+        check_history(history, f"arms[{title!r}]", axes=("runs", "epochs"))
 
 
 def _processor() -> str:

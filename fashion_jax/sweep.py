@@ -22,13 +22,13 @@ from jax.sharding import PartitionSpec as P
 
 from fashion_jax.checkpoint import Checkpoints
 from fashion_jax.config import TrainConfig
-from fashion_jax.data import Batch, check_batch, subset
+from fashion_jax.data import Batch, subset
 from fashion_jax.model import check_rate
 from fashion_jax.train import (
     Lane,
     OnEpoch,
     Run,
-    check_epochs,
+    check_run,
     init_state,
     open_store,
     run_epochs,
@@ -136,10 +136,7 @@ def sweep(
     >>> run.history.validation.loss.shape, run.state.params["fc4"]["bias"].shape
     ((2, 3, 4), (2, 3, 10))
     """
-    seeds, dropout_rates = list(seeds), [float(rate) for rate in dropout_rates]
-    for name, values in (("seeds", seeds), ("dropout_rates", dropout_rates), ("train_sizes", train_sizes or [1])):
-        if not len(values) or len(set(values)) < len(values):
-            raise ValueError(f"{name} must name at least one, and none twice; got {list(values)}")
+    seeds, dropout_rates = _listed(seeds, "seeds"), _listed(dropout_rates, "dropout_rates")
     for seed in seeds:
         if not isinstance(seed, (int, np.integer)) or isinstance(seed, bool):
             raise TypeError(f"seeds must be ints, got {seed!r}")
@@ -147,9 +144,19 @@ def sweep(
             raise ValueError(f"seeds must lie between 0 and 2**32 - 1, got {seed}")
     for rate in dropout_rates:
         check_rate(rate, "dropout_rates")
-    check_batch(train, "train")
-    check_batch(validation, "validation")
-    check_epochs(epochs)
+    dropout_rates = [float(rate) for rate in dropout_rates]
+    if train_sizes is not None:
+        train_sizes = _listed(train_sizes, "train_sizes")
+    # The program takes the rates as float32: those that are alike there would be one lane twice.
+    rounded = [float(np.float32(rate)) for rate in dropout_rates]
+    for name, values in (("seeds", seeds), ("dropout_rates", rounded), ("train_sizes", train_sizes)):
+        if values is not None and (not values or len(set(values)) < len(values)):
+            raise ValueError(f"{name} must name at least one, and none twice; got {values}")
+    check_run(train, validation, config=config, epochs=epochs, on_epoch=on_epoch)
+    if lanes_at_once is not None and (not isinstance(lanes_at_once, int) or isinstance(lanes_at_once, bool)):
+        raise TypeError(f"lanes_at_once must be an int, got {lanes_at_once!r}")
+    if devices is not None and not len(devices):
+        raise ValueError("devices must name at least one; leave it out for all")
     one_size = functools.partial(
         _sweep,
         validation=validation,
@@ -244,8 +251,9 @@ def _sweep(
     rates = np.repeat(np.array(dropout_rates, np.float32), len(seeds))
     filled = np.resize(np.arange(lanes), -(-lanes // mesh.size) * mesh.size)
     keys, rates = (_place(leaf[filled], mesh, P("lanes")) for leaf in (keys, rates))
+    # A CPU device may use a NumPy array as it lies in memory, and the caller may change its own.
     data = jax.tree.map(
-        lambda leaf: _place(np.asarray(leaf), mesh, P()), (train, train_eval_part(train, config), validation)
+        lambda leaf: _place(np.array(leaf), mesh, P()), (train, train_eval_part(train, config), validation)
     )
 
     def to_host(tree):
@@ -284,6 +292,12 @@ def _sweep(
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise _too_many(lanes, mesh, lanes_at_once, config) from error
+
+
+def _listed(values, name: str) -> list:
+    if isinstance(values, str) or not hasattr(values, "__iter__") or np.ndim(values) == 0:
+        raise TypeError(f"{name} must be a sequence of numbers, got {values!r}")
+    return list(values)
 
 
 def _place(array: np.ndarray, mesh: Mesh, spec: P) -> jax.Array:

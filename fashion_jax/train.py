@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from fashion_jax.checkpoint import Checkpoints, Store, content_digest
 from fashion_jax.config import TrainConfig
-from fashion_jax.data import Batch, check_batch, subset
+from fashion_jax.data import Batch, check_batch, check_key, subset
 from fashion_jax.model import FashionMLP, check_rate
 from fashion_jax.optimiser import build_optimiser
 from fashion_jax.signals import noting_signals
@@ -158,9 +158,13 @@ class RunKeys(NamedTuple):
 def split_key(key: Key[Array, ""]) -> RunKeys:
     """Split a run's key into its three streams.
 
+    Raises:
+        TypeError: `key` is not one typed key.
+
     >>> split_key(jax.random.key(0)).dropout.shape
     ()
     """
+    check_key(key)
     return RunKeys(*jax.random.split(key, 3))
 
 
@@ -178,7 +182,8 @@ def init_state(key: Key[Array, ""], *, config: TrainConfig = TrainConfig()) -> T
     >>> state.params["fc1"]["kernel"].shape, int(state.step)
     ((784, 256), 0)
     """
-    _check_key(key)
+    check_key(key)
+    _check_config(config)
     return _init_state(key, config)
 
 
@@ -193,16 +198,18 @@ def _init_state(key, config):
 def negative_log_likelihood(
     log_probs: Float[Array, "n classes"], labels: Int[Array | np.ndarray, " n"]
 ) -> Float[Array, " n"]:
-    """Take each example's negative log-probability of its label, in nats.
+    """Take each example's negative log-probability of its label, in nats; NaN where the label names no class.
 
     >>> loss = negative_log_likelihood(jnp.log(jnp.array([[0.25, 0.75]])), jnp.array([0]))
     >>> f"{loss[0]:.4f}"
     '1.3863'
     """
-    return -jnp.take_along_axis(log_probs, jnp.asarray(labels)[:, None], axis=1)[:, 0]
+    # A negative index would count from the last class; one beyond it is filled with NaN.
+    labels = jnp.asarray(labels)
+    labels = jnp.where(labels < 0, log_probs.shape[1], labels)
+    return -jnp.take_along_axis(log_probs, labels[:, None], axis=1, mode="fill", fill_value=jnp.nan)[:, 0]
 
 
-@functools.partial(jax.jit, static_argnames="config")
 def train_step(
     state: TrainState,
     batch: Batch,
@@ -223,7 +230,12 @@ def train_step(
         weights: Weight of each example in the mean; 0 for padding. All 1 if left out.
 
     Returns:
-        The next state, and the batch's loss and accuracy under the old weights and the drawn masks.
+        The next state, and the batch's loss and accuracy under the old weights and the drawn masks. A label that names
+        no class makes the loss NaN: to look at the labels on the host would cost time at every step.
+
+    Raises:
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: The rate is out of range, or a shape is wrong.
 
     >>> config = TrainConfig()
     >>> batch = Batch(jnp.zeros((4, 28, 28), jnp.uint8), jnp.arange(4))
@@ -232,8 +244,17 @@ def train_step(
     >>> int(state.step), metrics.loss.shape
     (1, ())
     """
+    _check_step(key, config, dropout_rate)
+    return _train_step(state, batch, key, weights, dropout_rate, config=config)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _train_step(state, batch, key, weights, dropout_rate, *, config):
+    _check_data(batch, "batch")
     if weights is None:
         weights = jnp.ones(len(batch.labels), jnp.result_type(float))
+    if weights.shape != batch.labels.shape:
+        raise ValueError(f"weights must have shape {list(batch.labels.shape)}, got {list(weights.shape)}")
     model = FashionMLP(config.hidden, dropout_rate)
 
     def mean_loss(params):
@@ -248,7 +269,6 @@ def train_step(
     return TrainState(params, opt_state, state.step + 1), metrics
 
 
-@functools.partial(jax.jit, static_argnames="config")
 def eval_step(params: Params, batch: Batch, *, config: TrainConfig) -> Metrics:
     """Measure loss and accuracy on one batch, dropout off, all examples at once.
 
@@ -257,17 +277,27 @@ def eval_step(params: Params, batch: Batch, *, config: TrainConfig) -> Metrics:
         batch: n examples; `evaluate` takes a whole data set with bounded memory.
         config: Gives the widths; static.
 
+    Raises:
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: Shapes do not fit, there is no example, or a label names no class.
+
     >>> batch = Batch(jnp.zeros((4, 28, 28), jnp.uint8), jnp.arange(4))
     >>> metrics = eval_step(init_state(jax.random.key(0)).params, batch, config=TrainConfig())
     >>> metrics.loss.shape, metrics.accuracy.shape
     ((), ())
     """
+    _check_config(config)
+    _check_data(batch, "batch")
+    return _eval_step(params, batch, config=config)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _eval_step(params, batch, *, config):
     weights = jnp.ones(len(batch.labels), jnp.result_type(float))
     totals = _eval_totals(params, batch, weights, config)
     return jax.tree.map(lambda total: total / len(batch.labels), totals)
 
 
-@functools.partial(jax.jit, static_argnames="config")
 def evaluate(params: Params, batch: Batch, *, config: TrainConfig) -> Metrics:
     """Measure loss and accuracy on a data set of any size, dropout off, every example once.
 
@@ -276,6 +306,10 @@ def evaluate(params: Params, batch: Batch, *, config: TrainConfig) -> Metrics:
         batch: n examples; they pass through the model in chunks of `config.eval_batch_size`.
         config: Gives the widths and the size of a chunk; static.
 
+    Raises:
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: Shapes do not fit, there is no example, or a label names no class.
+
     >>> batch = Batch(jnp.zeros((5, 28, 28), jnp.uint8), jnp.arange(5))
     >>> params = init_state(jax.random.key(0)).params
     >>> in_chunks = evaluate(params, batch, config=TrainConfig(eval_batch_size=2))
@@ -283,6 +317,13 @@ def evaluate(params: Params, batch: Batch, *, config: TrainConfig) -> Metrics:
     >>> bool(jnp.allclose(in_chunks.loss, at_once.loss))
     True
     """
+    _check_config(config)
+    _check_data(batch, "batch")
+    return _evaluate(params, batch, config=config)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _evaluate(params, batch, *, config):
     n = len(batch.labels)
     size = min(config.eval_batch_size, n)
     chunks, weights = _pad_and_split(batch, n, size)
@@ -290,7 +331,6 @@ def evaluate(params: Params, batch: Batch, *, config: TrainConfig) -> Metrics:
     return jax.tree.map(lambda total: total.sum() / n, totals)
 
 
-@functools.partial(jax.jit, static_argnames="config")
 def train_epoch(
     state: TrainState,
     train: Batch,
@@ -313,6 +353,10 @@ def train_epoch(
     Returns:
         The state ceil(n / batch_size) steps later, and the loss of each batch.
 
+    Raises:
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: The rate is out of range, a shape is wrong, or there is no example.
+
     >>> config = TrainConfig(batch_size=2)
     >>> train = Batch(jnp.zeros((5, 28, 28), jnp.uint8), jnp.arange(5))
     >>> key = jax.random.key(0)
@@ -320,6 +364,13 @@ def train_epoch(
     >>> int(state.step), losses.shape
     (3, (3,))
     """
+    _check_step(key, config, dropout_rate)
+    return _train_epoch(state, train, key, dropout_rate, config=config)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _train_epoch(state, train, key, dropout_rate, *, config):
+    _check_data(train, "train")
     n = len(train.labels)
     steps = -(-n // config.batch_size)
     keys = split_key(key)
@@ -339,7 +390,6 @@ def train_epoch(
     return jax.lax.scan(step, state, (indices, weights, step_keys))
 
 
-@functools.partial(jax.jit, static_argnames="config")
 def train_and_evaluate_epoch(
     lane: Lane,
     train: Batch,
@@ -363,6 +413,10 @@ def train_and_evaluate_epoch(
         config: Static.
         dropout_rate: Traced.
 
+    Raises:
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: The rate is out of range, a shape is wrong, or there is no example.
+
     >>> config = TrainConfig(batch_size=2)
     >>> data = Batch(jnp.zeros((5, 28, 28), jnp.uint8), jnp.arange(5))
     >>> key = jax.random.key(0)
@@ -371,6 +425,12 @@ def train_and_evaluate_epoch(
     >>> outcome.history.train.loss.item() == outcome.history.validation.loss.item() == lane.best.loss.item()
     True
     """
+    _check_step(key, config, dropout_rate)
+    return _train_and_evaluate_epoch(lane, train, train_eval, validation, key, dropout_rate, config=config)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _train_and_evaluate_epoch(lane, train, train_eval, validation, key, dropout_rate, *, config):
     state, losses = train_epoch(lane.state, train, key, config=config, dropout_rate=dropout_rate)
     on_train, on_validation = (evaluate(state.params, batch, config=config) for batch in (train_eval, validation))
     history = History(losses.mean(), on_train, on_validation)
@@ -440,11 +500,10 @@ def fit(
     >>> run.history.validation.loss.shape, int(run.state.step)
     ((2,), 4)
     """
-    _check_key(key)
+    check_key(key)
     check_rate(dropout_rate)
-    check_epochs(epochs)
+    check_run(train, validation, config=config, epochs=epochs, on_epoch=on_epoch)
     train_eval = train_eval_part(train, config)
-    check_batch(validation, "validation")
     steps = -(-len(train.labels) // config.batch_size)
     if start is not None:
         _check_start(start, config, steps)
@@ -454,10 +513,11 @@ def fit(
         "key": [str(jax.random.key_impl(key)), *np.asarray(jax.random.key_data(key)).tolist()],
         "start": None if start is None else content_digest(start),
     }
-    data = jax.tree.map(jnp.array, (train, train_eval, validation))
+    data = train, train_eval, validation
+    on_device: tuple[Batch, Batch, Batch] = jax.tree.map(jnp.array, data)
 
     def epoch(lane):
-        return train_and_evaluate_epoch(lane, *data, key, config=config, dropout_rate=dropout_rate)
+        return train_and_evaluate_epoch(lane, *on_device, key, config=config, dropout_rate=dropout_rate)
 
     lane = start_lane(init_state(key, config=config) if start is None else jax.tree.map(jnp.asarray, start))
     with open_store(checkpoint, identity, config=config, train=train, validation=validation) as store:
@@ -516,6 +576,26 @@ def _fetch(tree):
 
 def _place(tree):
     return jax.tree.map(jnp.asarray, tree)
+
+
+def check_run(train: Batch, validation: Batch, *, config: TrainConfig, epochs: int, on_epoch: OnEpoch | None) -> None:
+    """Refuse arguments that `fit` and `sweep` share and cannot use, before anything is compiled.
+
+    Raises:
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: An argument is out of range or has the wrong shape.
+
+    >>> data = Batch(np.zeros((1, 14, 14), np.uint8), np.zeros(1, np.int32))
+    >>> check_run(data, data, config=TrainConfig(), epochs=1, on_epoch=None)
+    Traceback (most recent call last):
+    ValueError: train.images must have shape [n, 28, 28], got [1, 14, 14]
+    """
+    _check_config(config)
+    _check_epochs(epochs)
+    if on_epoch is not None and not callable(on_epoch):
+        raise TypeError(f"on_epoch must be callable, got {on_epoch!r}")
+    _check_data(train, "train")
+    _check_data(validation, "validation")
 
 
 def run_epochs(
@@ -678,13 +758,18 @@ def _pad_and_split(tree, n: int, size: int):
     return jax.tree.map(split, tree), split(jnp.ones(n, jnp.result_type(float)))
 
 
-def check_epochs(epochs: Any) -> None:
-    """Refuse a number of epochs that is not a positive int.
+def _check_data(batch: Batch, name: str) -> None:
+    check_batch(batch, name)
+    if batch.images.shape[1:] != (28, 28):
+        raise ValueError(f"{name}.images must have shape [n, 28, 28], got {list(batch.images.shape)}")
 
-    >>> check_epochs(0)
-    Traceback (most recent call last):
-    ValueError: epochs must be at least 1, got 0
-    """
+
+def _check_config(config) -> None:
+    if not isinstance(config, TrainConfig):
+        raise TypeError(f"config must be a TrainConfig, got {config!r}")
+
+
+def _check_epochs(epochs) -> None:
     if not isinstance(epochs, int) or isinstance(epochs, bool):
         raise TypeError(f"epochs must be an int, got {epochs!r}")
     if epochs < 1:
@@ -709,6 +794,7 @@ def _check_start(start: TrainState, config: TrainConfig, steps: int) -> None:
         raise ValueError(f"start.step must be a multiple of the {steps} steps of an epoch, got {int(start.step)}")
 
 
-def _check_key(key) -> None:
-    if not (isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape == ()):
-        raise TypeError(f"key must be one typed key, from jax.random.key(seed); got {key!r}")
+def _check_step(key, config, dropout_rate) -> None:
+    check_key(key)
+    check_rate(dropout_rate)
+    _check_config(config)

@@ -1,6 +1,16 @@
+import gzip
+import hashlib
+import socket
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import NamedTuple
+
 import jax
 import jaxtyping
 import pytest
+from sources import finish, idx_bytes, start_load
 
 from fashion_jax import data
 
@@ -26,3 +36,83 @@ def unchecked():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(scope="session")
+def idx_dir(splits, tmp_path_factory) -> Path:
+    """The four files, uncompressed; their bytes are the published ones."""
+    directory = tmp_path_factory.mktemp("idx")
+    for name, array in zip(data.DIGESTS, (*splits.train, *splits.test), strict=True):
+        (directory / name).write_bytes(idx_bytes(array))
+        assert hashlib.sha256((directory / name).read_bytes()).hexdigest() == data.DIGESTS[name]
+    return directory
+
+
+@pytest.fixture(scope="session")
+def gzip_dir(idx_dir, tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("gzip")
+    for name in data.DIGESTS:
+        (directory / f"{name}.gz").write_bytes(gzip.compress((idx_dir / name).read_bytes(), compresslevel=1))
+    return directory
+
+
+class Host(NamedTuple):
+    """A host like the data set's own, and what it was asked for."""
+
+    url: str
+    requests: list[str]
+
+
+@pytest.fixture(scope="session")
+def server(gzip_dir):
+    requests: list[str] = []
+
+    class Noting(SimpleHTTPRequestHandler):
+        def log_message(self, format, *args):
+            requests.append(self.requestline)
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Noting, directory=gzip_dir)) as host:
+        threading.Thread(target=host.serve_forever, daemon=True).start()
+        yield Host(f"http://127.0.0.1:{host.server_port}/", requests)
+        host.shutdown()
+
+
+class Prepared(NamedTuple):
+    """The home of a user whose four processes have downloaded and prepared the data set, and how they ended."""
+
+    home: Path
+    ends: list
+    requests: list[str]
+
+
+@pytest.fixture(scope="session")
+def prepared(server, tmp_path_factory) -> Prepared:
+    home = tmp_path_factory.mktemp("prepared") / "größe 1 データ"
+    home.mkdir()
+    processes = [start_load(home, url=server.url, source="download") for _ in range(4)]
+    ends = [finish(process) for process in processes]
+    assert [end.returncode for end in ends] == [0] * 4, ends
+    return Prepared(home, ends, list(server.requests))
+
+
+@pytest.fixture
+def copy(idx_dir, tmp_path) -> Path:
+    """A copy of the files to spoil."""
+    directory = tmp_path / "copy"
+    directory.mkdir()
+    for name in data.DIGESTS:
+        (directory / name).hardlink_to(idx_dir / name)
+    return directory
+
+
+@pytest.fixture
+def nothing(monkeypatch, tmp_path):
+    """A user who has no data anywhere, and no network."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for variable in ("XDG_CACHE_HOME", "TFDS_DATA_DIR", data.DATA_VARIABLE):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(data, "DEBIAN_DIR", tmp_path / "debian")
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        monkeypatch.setattr(data, "URL", f"http://127.0.0.1:{closed.getsockname()[1]}/")
+    return tmp_path

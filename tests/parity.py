@@ -51,12 +51,12 @@ def capturing(masks: list, signs: list):
         return result
 
     # The interceptor works while the step is traced, so the step is traced anew, and forgotten afterwards.
-    train_step.clear_cache()
+    jax.clear_caches()
     try:
         with nn.intercept_methods(intercept):
             yield
     finally:
-        train_step.clear_cache()
+        jax.clear_caches()
 
 
 def largest(first, second) -> float:

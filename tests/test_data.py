@@ -1,91 +1,22 @@
 """The data set from every source, and from sources that are damaged or not there. Files and servers are real."""
 
 import gzip
-import hashlib
 import logging
-import os
 import shutil
 import socket
 import subprocess
 import sys
-import threading
 import time
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from sources import replace, run_load
 
 from fashion_jax import Batch, data
 
 KEY = jax.random.key(0)
 IMAGES, LABELS, TEST_IMAGES, TEST_LABELS = data.DIGESTS
-
-
-def idx_bytes(array) -> bytes:
-    return bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes() + array.astype(np.uint8).tobytes()
-
-
-@pytest.fixture(scope="session")
-def idx_dir(splits, tmp_path_factory) -> Path:
-    """The four files, uncompressed; their bytes are the published ones."""
-    directory = tmp_path_factory.mktemp("idx")
-    for name, array in zip(data.DIGESTS, (*splits.train, *splits.test), strict=True):
-        (directory / name).write_bytes(idx_bytes(array))
-        assert hashlib.sha256((directory / name).read_bytes()).hexdigest() == data.DIGESTS[name]
-    return directory
-
-
-@pytest.fixture(scope="session")
-def gzip_dir(idx_dir, tmp_path_factory) -> Path:
-    directory = tmp_path_factory.mktemp("gzip")
-    for name in data.DIGESTS:
-        (directory / f"{name}.gz").write_bytes(gzip.compress((idx_dir / name).read_bytes(), compresslevel=1))
-    return directory
-
-
-@pytest.fixture(scope="session")
-def server(gzip_dir):
-    """A host like the data set's own."""
-
-    class Quiet(SimpleHTTPRequestHandler):
-        def log_message(self, format, *args):
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=gzip_dir)) as host:
-        threading.Thread(target=host.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{host.server_port}/"
-        host.shutdown()
-
-
-@pytest.fixture
-def copy(idx_dir, tmp_path) -> Path:
-    """A copy of the files to spoil."""
-    directory = tmp_path / "copy"
-    directory.mkdir()
-    for name in data.DIGESTS:
-        (directory / name).hardlink_to(idx_dir / name)
-    return directory
-
-
-@pytest.fixture
-def nothing(monkeypatch, tmp_path):
-    """A user who has no data anywhere, and no network."""
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    for variable in ("XDG_CACHE_HOME", "TFDS_DATA_DIR", data.DATA_VARIABLE):
-        monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setattr(data, "DEBIAN_DIR", tmp_path / "debian")
-    with socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))
-        monkeypatch.setattr(data, "URL", f"http://127.0.0.1:{closed.getsockname()[1]}/")
-    return tmp_path
-
-
-def replace(path: Path, content: bytes):
-    path.unlink()
-    path.write_bytes(content)
 
 
 def assert_same(first, second):
@@ -230,38 +161,9 @@ def test_a_host_that_never_answers(nothing, monkeypatch):
         assert time.monotonic() - start < 5
 
 
-# TFDS warns of its own and of its dependencies' futures while it is imported, so it runs in processes of its own.
-def run_load(home: Path, *, url: str, source: str, data_dir: Path | None = None) -> subprocess.CompletedProcess:
-    code = f"""
-import logging
-from pathlib import Path
-from fashion_jax import data
-logging.basicConfig(format="%(message)s")
-logging.getLogger("fashion_jax").setLevel(logging.INFO)
-data.URL, data.DEBIAN_DIR = {url!r}, Path("/no/such")
-splits = data.load({data_dir and str(data_dir)!r}, source={source!r})
-print(splits.train.images.shape, splits.test.labels.dtype)
-"""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("XDG", "TFDS", "FASHION"))}
-    environment["HOME"] = str(home)
-    return subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-
-
-@pytest.fixture(scope="session")
-def prepared(server, tmp_path_factory) -> Path:
-    """The home of a user who has downloaded and prepared the data set through TFDS, without TensorFlow."""
-    home = tmp_path_factory.mktemp("prepared")
-    result = run_load(home, url=server, source="download")
-    assert result.returncode == 0, result.stderr
-    assert "downloading Fashion-MNIST" in result.stderr
-    return home
-
-
 def test_tfds_downloads_and_prepares_without_tensorflow(prepared, splits, nothing, monkeypatch):
-    assert sorted(path.suffix for path in prepared.glob("tensorflow_datasets/fashion_mnist/3.0.1/*record*")) != []
-    monkeypatch.setenv("HOME", str(prepared))
+    assert sorted(path.suffix for path in prepared.home.glob("tensorflow_datasets/fashion_mnist/3.0.1/*record*")) != []
+    monkeypatch.setenv("HOME", str(prepared.home))
     assert {path.name for path in data.cache_dir().iterdir()} == data.DIGESTS.keys()
     # The published digests hold for what was cached, so the order is the published one too.
     assert_same(data.load(source="idx"), splits)
@@ -270,26 +172,26 @@ def test_tfds_downloads_and_prepares_without_tensorflow(prepared, splits, nothin
 def test_stock_tfds_reads_what_was_prepared(prepared):
     code = f"""
 import tensorflow_datasets as tfds
-source = tfds.data_source("fashion_mnist", split="test", data_dir="{prepared}/tensorflow_datasets", download=False)
+source = tfds.data_source("fashion_mnist", split="test", data_dir="{prepared.home}/tensorflow_datasets", download=False)
 assert len(source) == 10_000 and source[0]["image"].shape == (28, 28, 1)
 """
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
-def test_a_prepared_directory_is_read_and_cached(prepared, server, tmp_path):
-    place = prepared / "tensorflow_datasets"
-    result = run_load(tmp_path, url="http://127.0.0.1:9/", source="auto", data_dir=place)
+def test_a_prepared_directory_is_read_and_cached(prepared, tmp_path):
+    place = prepared.home / "tensorflow_datasets"
+    result = run_load(tmp_path, data_dir=place)
     assert result.returncode == 0, result.stderr
     assert result.stdout == "(60000, 28, 28) int32\n"
     assert f"Fashion-MNIST from the TFDS data set in {place}" in result.stderr
-    again = run_load(tmp_path, url="http://127.0.0.1:9/", source="auto", data_dir=place)
+    again = run_load(tmp_path, data_dir=place)
     assert f"from the IDX files in {tmp_path}/.cache/fashion_jax" in again.stderr
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate"])
 def test_a_damaged_record_file_is_found(prepared, tmp_path, damage):
     place = tmp_path / "tfds"
-    shutil.copytree(prepared / "tensorflow_datasets" / "fashion_mnist", place / "fashion_mnist")
+    shutil.copytree(prepared.home / "tensorflow_datasets" / "fashion_mnist", place / "fashion_mnist")
     record = next(place.glob("fashion_mnist/*/*test.array_record*"))
     content = bytearray(record.read_bytes())
     if damage == "flip":
@@ -297,7 +199,7 @@ def test_a_damaged_record_file_is_found(prepared, tmp_path, damage):
     else:
         del content[len(content) // 2 :]
     record.write_bytes(content)
-    result = run_load(tmp_path, url="http://127.0.0.1:9/", source="tfds", data_dir=place)
+    result = run_load(tmp_path, source="tfds", data_dir=place)
     assert result.returncode != 0
     assert "ValueError" in result.stderr.splitlines()[-1] or "ValueError" in result.stderr
     assert f"{place}/fashion_mnist" in result.stderr
