@@ -288,9 +288,7 @@ def _sampled_probabilities(params, images, key, first, dropout_rate, *, config) 
 
 def _decode(path: Path) -> tuple[UInt8[np.ndarray, "height width"], UInt8[np.ndarray, "height width"]]:
     """Read the grey levels and the opacity of a picture, turned as it is meant to be seen."""
-    import io
-
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     content = path.read_bytes()
     if not content:
@@ -310,9 +308,11 @@ def _decode(path: Path) -> tuple[UInt8[np.ndarray, "height width"], UInt8[np.nda
             return grey, np.full_like(grey, 255) if alpha is None else alpha
     except bombs as error:
         raise ValueError(f"{path} is too large, at most {MAX_PIXELS:,} pixels are read: {error}") from None
+    except UnidentifiedImageError:
+        raise ValueError(f"{path} is not a PNG, JPEG or WebP image") from None
     except Exception as error:
         # Damaged files make Pillow's decoders raise whatever comes to hand: SyntaxError, struct.error, IndexError.
-        raise ValueError(f"{path} is not a PNG, JPEG or WebP image, or is damaged: {error}") from error
+        raise ValueError(f"{path} is damaged, it cannot be read as an image: {error}") from error
     if 0 in size:
         raise ValueError(f"{path} has no pixels: its size is {size[0]}x{size[1]}")
     raise ValueError(f"{path} is too large: {size[0]}x{size[1]} pixels, at most {MAX_PIXELS:,} pixels are read")

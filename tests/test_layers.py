@@ -31,7 +31,6 @@ ALLOWED = {
 TYPES_ONLY = {"evidence": {"History"}, "log": {"EpochEnd"}, "plot": {"History"}, "report": {"History", "Metrics"}}
 TYPES_ONLY["predict"] = {"Params"}
 ONLY_IN = {
-    "PIL": "predict",
     "flax": "model",
     "matplotlib": "plot",
     "onnx": "interop",
