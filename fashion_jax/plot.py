@@ -85,7 +85,7 @@ def classification(
         probabilities: What the model says, one number a class.
         class_names: Name of each class.
         label: The right class, if known; its bar is hatched.
-        spread: How far each probability varies, drawn as a line to both sides of the bar's end.
+        spread: Standard deviation of each probability, drawn as a line to both sides of the bar's end.
 
     Raises:
         ValueError: There are not as many names, or spreads, as probabilities.
@@ -106,21 +106,21 @@ def classification(
     if label is not None:
         left.set_title(f"label: {class_names[label]}", fontsize=10)
     bars = right.barh(range(len(class_names)), probabilities, color="#6f93c3", edgecolor="#123a6d")
-    ends = probabilities
+    starts, ends = probabilities, probabilities
     if spread is not None:
         # A share lies between 0 and 1, whatever a standard deviation says.
         reach = np.stack([np.minimum(spread, probabilities), np.minimum(spread, 1 - probabilities)]).clip(0)
         right.errorbar(
             probabilities, range(len(class_names)), xerr=reach, fmt="none", ecolor="black", elinewidth=1, capsize=2.5
         )
-        ends = probabilities + reach[1]
+        starts, ends = probabilities - reach[0], probabilities + reach[1]
     if label is not None:
         bars[label].set_hatch("///")
-    for bar, probability, end in zip(bars, probabilities, ends, strict=True):
-        inside = end > 0.8
+    for bar, probability, start, end in zip(bars, probabilities, starts, ends, strict=True):
+        inside = end > 0.8 and start > 0.2
         right.annotate(
             f"{probability:.3f}",
-            (probability - (end - probability) if inside else end, bar.get_y() + bar.get_height() / 2),
+            (start if inside else end, bar.get_y() + bar.get_height() / 2),
             xytext=(-3 if inside else 3, 0),
             textcoords="offset points",
             ha="right" if inside else "left",
@@ -131,7 +131,7 @@ def classification(
     right.set_yticks(range(len(class_names)), labels=class_names)
     right.invert_yaxis()
     right.set_xlim(0, 1)
-    right.set_xlabel("probability")
+    right.set_xlabel("probability" if spread is None else "probability, mean ± sd")
     best = int(probabilities.argmax())
     right.set_title(f"prediction: {class_names[best]}", fontsize=10)
     return figure
