@@ -11,7 +11,7 @@ import fashion_jax
 
 PACKAGE = Path(fashion_jax.__file__).parent
 ALLOWED = {
-    "__init__": {"calibration", "config", "data", "evidence", "interop", "model", "predict", "sweep", "train"},
+    "__init__": {"config", "data", "evidence", "model", "predict", "sweep", "train"},
     "calibration": set(),
     "config": set(),
     "data": {"files"},
@@ -84,7 +84,7 @@ import sys
 import fashion_jax
 assert not {"jax", "flax", "numpy"} & sys.modules.keys()
 from fashion_jax import fit, load
-heavy = {"tensorflow_datasets", "tensorflow", "matplotlib", "PIL", "tyro"} & sys.modules.keys()
+heavy = {"tensorflow_datasets", "tensorflow", "matplotlib", "PIL", "sklearn", "torch", "tyro"} & sys.modules.keys()
 assert not heavy, heavy
 from jax.extend import backend
 from jax._src import xla_bridge
