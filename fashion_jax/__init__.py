@@ -14,8 +14,8 @@
                                interop.to_torch, interop.save_safetensors, interop.export, interop.export_onnx
 
 The names below are imported when they are first used, so that importing the package costs next to nothing. The figures
-are in `fashion_jax.plot`, progress bars in `fashion_jax.log`, tables in `fashion_jax.report`; `predict` and `sweep` share
-their modules' names, so they are imported from there.
+are in `fashion_jax.plot`, progress bars in `fashion_jax.log`, tables in `fashion_jax.report`. `predict` and `sweep`
+have the names of their modules, and are imported from there.
 """
 
 import importlib
