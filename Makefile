@@ -23,7 +23,7 @@ test: $(TEST) data
 	$(BIN)/python -m pytest $(ARGS)
 
 bench: $(BENCH) data
-	for name in throughput lanes roofline startup rounding; do $(BIN)/python -m benchmarks.$$name || exit 1; done
+	for name in throughput lanes roofline startup rounding predict; do $(BIN)/python -m benchmarks.$$name || exit 1; done
 
 check: format lint types test
 

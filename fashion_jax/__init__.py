@@ -9,9 +9,13 @@
                           │                 evaluate on training and validation images, dropout off
                           v
                   Run(state, history) ──> evidence.judge ──> report.table, report.verdicts, plot.losses
+                          │
+                          └──> predict.predict, predict.predict_mc ──> calibration.score, plot.classification
+                               interop.to_torch, interop.save_safetensors, interop.export, interop.export_onnx
 
 The names below are imported when they are first used, so that importing the package costs next to nothing. The figures
-are in `fashion_jax.plot`, progress bars in `fashion_jax.log`, tables in `fashion_jax.report`.
+are in `fashion_jax.plot`, progress bars in `fashion_jax.log`, tables in `fashion_jax.report`. `predict` and `sweep`
+have the names of their modules, and are imported from there.
 """
 
 import importlib
@@ -28,6 +32,8 @@ if TYPE_CHECKING:
     from fashion_jax.evidence import judge as judge
     from fashion_jax.model import Dropout as Dropout
     from fashion_jax.model import FashionMLP as FashionMLP
+    from fashion_jax.predict import predict_mc as predict_mc
+    from fashion_jax.predict import read_image as read_image
     from fashion_jax.sweep import use_all_cores as use_all_cores
     from fashion_jax.train import History as History
     from fashion_jax.train import Metrics as Metrics
@@ -51,6 +57,8 @@ __all__ = [
     "hold_out",
     "judge",
     "load",
+    "predict_mc",
+    "read_image",
     "subset",
     "use_all_cores",
 ]
@@ -60,6 +68,7 @@ _ROOMS = {
     "data": ("CLASS_NAMES", "Batch", "Splits", "hold_out", "load", "subset"),
     "model": ("Dropout", "FashionMLP"),
     "evidence": ("judge",),
+    "predict": ("predict_mc", "read_image"),
     "sweep": ("use_all_cores",),
     "train": ("History", "Metrics", "Run", "TrainState", "fit"),
 }

@@ -7,15 +7,18 @@ line style and lightness as well as in hue, so that they survive grey printing.
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from fashion_jax.calibration import Reliability
 from fashion_jax.evidence import Summary, check_history
 from fashion_jax.train import History
 
+# A bin of a handful of examples tells nothing but its noise.
+_FEWEST = 0.002
 _CURVES = {
     "training, while training": ("running_loss", {"color": "#e8a33d", "linestyle": ":"}),
     "training, evaluated": ("train", {"color": "#c4482e", "linestyle": "--"}),
@@ -76,6 +79,7 @@ def classification(
     *,
     class_names: Sequence[str],
     label: int | None = None,
+    spread: Float[Array | np.ndarray, " classes"] | None = None,
 ) -> Figure:
     """Draw one image beside the probability of each class, as the tutorial does.
 
@@ -84,10 +88,12 @@ def classification(
         probabilities: What the model says, one number a class.
         class_names: Name of each class.
         label: The right class, if known; its bar is hatched.
+        spread: Standard deviation of each probability, drawn as a line to both sides of the bar's end.
 
     Raises:
         TypeError: The image is not uint8.
-        ValueError: There are not as many names as probabilities, `label` names no class, or a shape is wrong.
+        ValueError: There are not as many names, or spreads, as probabilities, `label` names no class, or a shape is
+            wrong.
 
     >>> figure = classification(np.zeros((28, 28), np.uint8), np.array([0.1, 0.9]), class_names=["bag", "coat"])
     >>> [text.get_text() for text in figure.axes[1].get_yticklabels()]
@@ -105,6 +111,8 @@ def classification(
         raise ValueError(f"label must lie in 0..{len(probabilities) - 1}, got {label}")
     if len(class_names) != len(probabilities):
         raise ValueError(f"class_names must name {len(probabilities)} classes, got {len(class_names)}")
+    if spread is not None and len(spread) != len(probabilities):
+        raise ValueError(f"spread must have {len(probabilities)} entries, got {len(spread)}")
     figure = Figure(figsize=(7, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.1))
     left.imshow(image, cmap="gray", vmin=0, vmax=255)
@@ -112,13 +120,21 @@ def classification(
     if label is not None:
         left.set_title(f"label: {class_names[label]}", fontsize=10)
     bars = right.barh(range(len(class_names)), probabilities, color="#6f93c3", edgecolor="#123a6d")
+    starts, ends = probabilities, probabilities
+    if spread is not None:
+        # A share lies between 0 and 1, whatever a standard deviation says.
+        reach = np.stack([np.minimum(spread, probabilities), np.minimum(spread, 1 - probabilities)]).clip(0)
+        right.errorbar(
+            probabilities, range(len(class_names)), xerr=reach, fmt="none", ecolor="black", elinewidth=1, capsize=2.5
+        )
+        starts, ends = probabilities - reach[0], probabilities + reach[1]
     if label is not None:
         bars[label].set_hatch("///")
-    for bar, probability in zip(bars, probabilities, strict=True):
-        inside = probability > 0.8
+    for bar, probability, start, end in zip(bars, probabilities, starts, ends, strict=True):
+        inside = end > 0.8 and start > 0.2
         right.annotate(
             f"{probability:.3f}",
-            (bar.get_width(), bar.get_y() + bar.get_height() / 2),
+            (start if inside else end, bar.get_y() + bar.get_height() / 2),
             xytext=(-3 if inside else 3, 0),
             textcoords="offset points",
             ha="right" if inside else "left",
@@ -129,7 +145,7 @@ def classification(
     right.set_yticks(range(len(class_names)), labels=class_names)
     right.invert_yaxis()
     right.set_xlim(0, 1)
-    right.set_xlabel("probability")
+    right.set_xlabel("probability" if spread is None else "probability, mean ± sd")
     best = int(probabilities.argmax())
     right.set_title(f"prediction: {class_names[best]}", fontsize=10)
     return figure
@@ -230,6 +246,117 @@ def study(summary: Summary, *, dropout_rates: Sequence[float], sizes: Sequence[i
     axes.set_ylabel("training images")
     axes.set_title("★ lowest final loss of its size", fontsize=10)
     figure.colorbar(cells, ax=axes, label="above the lowest (nats)")
+    return figure
+
+
+def reliability(arms: Mapping[str, Reliability]) -> Figure:
+    """Draw accuracy against confidence, one panel an arm, and below how many examples have that confidence.
+
+    Dots are means over seeds, with lines of +- one standard deviation; bins that some seed leaves empty, or that hold
+    less than 0.2% of the examples, have none. On the diagonal a network is as often right as it says; below it, it is
+    too sure.
+
+    Args:
+        arms: Title and reliability of each arm; leaves [bins] for one network or [seeds, bins] for several.
+
+    Raises:
+        ValueError: There is no arm.
+
+    >>> curve = Reliability(np.array([0.3, 0.9]), np.array([0.2, 0.8]), np.array([0.4, 0.6]))
+    >>> [axes.get_title() for axes in reliability({"plain": curve}).axes]
+    ['plain', '']
+    """
+    if not arms:
+        raise ValueError("arms must hold at least one Reliability, got none")
+    figure = Figure(figsize=(1 + 3.4 * len(arms), 5), layout="constrained")
+    panels = figure.subplots(2, len(arms), sharex=True, sharey="row", squeeze=False, height_ratios=(3, 1))
+    for (above, below), (title, curve) in zip(panels.T, arms.items(), strict=True):
+        confidence, accuracy, share = (np.atleast_2d(leaf) for leaf in curve)
+        full = np.isfinite(accuracy).all(axis=0) & (share.mean(axis=0) >= _FEWEST)
+        x, y = confidence[:, full].mean(axis=0), accuracy[:, full].mean(axis=0)
+        above.plot([0, 1], [0, 1], color="#777777", linestyle="--", linewidth=1, label="as sure as right")
+        sd = accuracy[:, full].std(axis=0, ddof=1) if len(accuracy) > 1 else None
+        above.errorbar(x, y, yerr=sd, color="#123a6d", marker="o", markersize=4, capsize=2.5, label="measured")
+        edges = np.linspace(0, 1, share.shape[1] + 1)
+        below.bar(edges[:-1], share.mean(axis=0), np.diff(edges), align="edge", color="#9db8d9", edgecolor="#123a6d")
+        above.set_title(title)
+        below.set_xlabel("confidence")
+        for axes in (above, below):
+            axes.grid(alpha=0.3)
+    panels[0, 0].set_xlim(0, 1)
+    panels[0, 0].set_ylim(0, 1)
+    seeds = len(np.atleast_2d(next(iter(arms.values())).share))
+    panels[0, 0].set_ylabel("accuracy" + (f", mean ± sd of {seeds} seeds" if seeds > 1 else ""))
+    panels[1, 0].set_ylabel("share of\nexamples")
+    panels[0, 0].legend(loc="upper left")
+    return figure
+
+
+def entropies(parts: Mapping[str, Mapping[str, Float[np.ndarray, "*runs n"]]]) -> Figure:
+    """Draw how the entropy of predictions is distributed, one panel a set of images, one line an arm.
+
+    A line tells which share of the images has at most that entropy: the further right, the less sure.
+
+    Args:
+        parts: Title of each set of images; for each arm's name the entropies in nats, of all seeds together.
+
+    Raises:
+        ValueError: There is no set of images.
+
+    >>> figure = entropies({"test set": {"plain": np.array([0.1, 0.2])}, "noise": {"plain": np.array([2.0, 2.1])}})
+    >>> [axes.get_title() for axes in figure.axes]
+    ['test set', 'noise']
+    """
+    if not parts:
+        raise ValueError("parts must hold at least one set of images, got none")
+    figure = Figure(figsize=(1 + 2.9 * len(parts), 3.6), layout="constrained")
+    panels = figure.subplots(1, len(parts), sharex=True, sharey=True, squeeze=False)[0]
+    styles = (("#e8a33d", ":", 2.2), ("#c4482e", "--", 1.6), ("#123a6d", "-", 1.6), ("#4a4a4a", "-.", 1.6))
+    for axes, (title, arms) in zip(panels, parts.items(), strict=True):
+        for i, (name, values) in enumerate(arms.items()):
+            colour, line, width = styles[i % len(styles)]
+            axes.ecdf(np.ravel(values), label=name, color=colour, linestyle=line, linewidth=width)
+        axes.set_title(title)
+        axes.set_xlabel("entropy (nats)")
+        axes.grid(alpha=0.3)
+    panels[0].set_xlim(0, np.log(10))
+    panels[0].set_ylabel("share of images\nwith at most this entropy")
+    panels[0].legend(loc="lower right", fontsize=8)
+    return figure
+
+
+def confusion(arms: Mapping[str, Int[np.ndarray, "classes classes"]], *, class_names: Sequence[str]) -> Figure:
+    """Draw which class is taken for which, in percent of the label's examples, one panel an arm.
+
+    Args:
+        arms: Title and counts [label, predicted class] of each arm, of one seed or summed over several.
+        class_names: Name of each class.
+
+    Raises:
+        ValueError: There is no arm, or a matrix has other axes.
+
+    >>> confusion({"plain": np.array([[9, 1], [2, 8]])}, class_names=["bag", "coat"]).axes[0].texts[1].get_text()
+    '10'
+    """
+    if not arms:
+        raise ValueError("arms must hold at least one matrix, got none")
+    size = len(class_names)
+    figure = Figure(figsize=(1.6 + 4.2 * len(arms), 5), layout="constrained")
+    panels = figure.subplots(1, len(arms), sharey=True, squeeze=False)[0]
+    for axes, (title, counts) in zip(panels, arms.items(), strict=True):
+        if counts.shape != (size, size):
+            raise ValueError(f"a matrix must have shape [{size}, {size}], as class_names has, got {list(counts.shape)}")
+        percent = 100 * counts / counts.sum(axis=1, keepdims=True).clip(1)
+        axes.imshow(percent, cmap="Blues", vmin=0, vmax=100)
+        for i, j in np.ndindex(percent.shape):
+            if round(percent[i, j]) >= 1:
+                colour = "white" if percent[i, j] > 60 else "black"
+                axes.text(j, i, f"{percent[i, j]:.0f}", ha="center", va="center", fontsize=8, color=colour)
+        axes.set_xticks(range(size), labels=class_names, rotation=90, fontsize=8)
+        axes.set_yticks(range(size), labels=class_names, fontsize=8)
+        axes.set_title(title)
+        axes.set_xlabel("predicted class")
+    panels[0].set_ylabel("label (percent of its examples)")
     return figure
 
 

@@ -12,7 +12,7 @@ import jaxtyping
 import pytest
 from sources import finish, idx_bytes, start_load
 
-from fashion_jax import data
+from fashion_jax import Run, data, fit
 
 # Silent broadcasting between ranks hides mistakes: a loss of shape [n, n] still averages to a number.
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -28,6 +28,13 @@ def splits() -> data.Splits:
 def small(splits) -> data.Batch:
     """A thousand real images; no multiple of the batch size of 64."""
     return data.subset(splits.train, 1_000, key=jax.random.key(7))
+
+
+@pytest.fixture(scope="session")
+def trained(splits) -> Run:
+    """A network that has learned something, with dropout 0.2, from 10,000 images."""
+    part = data.subset(splits.train, 10_000, key=jax.random.key(7))
+    return fit(part, splits.test, key=jax.random.key(0), dropout_rate=0.2, epochs=3)
 
 
 @pytest.fixture
