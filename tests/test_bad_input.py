@@ -12,7 +12,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import compare, distribution, fuzz, harness, kill_resume, lanes, roofline, rounding, startup, throughput
+from benchmarks import (
+    compare,
+    distribution,
+    fuzz,
+    harness,
+    kill_resume,
+    lanes,
+    roofline,
+    rounding,
+    saving,
+    startup,
+    throughput,
+)
 from fashion_jax import Batch, FashionMLP, History, Metrics, TrainConfig, data, evidence, fit, plot, report, train
 from fashion_jax.files import write_atomically
 from fashion_jax.model import check_rate, standardise
@@ -527,7 +539,9 @@ def test_image_sheet_refuses_bad_arguments(images, columns, error, message):
 # Flags
 
 
-@pytest.mark.parametrize("benchmark", [distribution, fuzz, kill_resume, lanes, roofline, rounding, startup, throughput])
+@pytest.mark.parametrize(
+    "benchmark", [distribution, fuzz, kill_resume, lanes, roofline, rounding, saving, startup, throughput]
+)
 def test_benchmarks_refuse_counts_and_places_out_of_range(benchmark, tmp_path):
     (tmp_path / "file").touch()
     harness.check(benchmark.Flags())
