@@ -103,4 +103,4 @@ def main(flags: Flags) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    main(tyro.cli(Flags, description=__doc__))
+    harness.start(main, Flags, __doc__)

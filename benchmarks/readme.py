@@ -1,0 +1,155 @@
+"""Fill the README's tables from the records, so that no figure in them is typed by hand.
+
+A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`; `TABLES` tells which record it comes from.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fashion_jax import files, report
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+RECORD = ROOT / "benchmarks" / "records" / "2026-11-24-amd-epyc-2-cores"
+BLOCK = re.compile(r"(<!-- table: ([\w ]+) -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
+# From five PyTorch runs and 8 seeds of a prototype.
+BANDS = (
+    ("no dropout", "running training loss", "0.185-0.193"),
+    ("no dropout", "test loss", "0.40-0.44"),
+    ("no dropout", "test accuracy", "0.877-0.886"),
+    ("dropout 0.2", "running training loss", "0.342-0.348"),
+    ("dropout 0.2", "test loss", "0.370-0.390"),
+    ("dropout 0.2", "test accuracy", "0.867-0.874"),
+)
+
+
+def table_of(path: str, number: int) -> str:
+    """Take a table of a report, counted from 0."""
+    tables = re.findall(r"(?:^\|.*\n)+", (RECORD / path).read_text(), re.MULTILINE)
+    return tables[number].strip()
+
+
+def rows_of(name: str) -> list[dict[str, Any]]:
+    return json.loads((RECORD / f"{name}.json").read_text())["rows"]
+
+
+def reproduced() -> str:
+    """Means of the last five epochs, ours and PyTorch's."""
+    arms = json.loads((RECORD / "seeds32" / "history.json").read_text())["arms"]
+    # [ours and theirs, arms, seeds, figures]
+    theirs = np.array(json.loads((RECORD / "distribution.json").read_text())["measured"])[1].mean(axis=1)
+    rows = [("arm", "figure", "ours, 32 seeds", "PyTorch, 8 seeds", "band of earlier runs")]
+    for (arm, figure, band), other in zip(BANDS, theirs.ravel(), strict=True):
+        curves = {
+            "running training loss": arms[arm]["running_loss"],
+            "test loss": arms[arm]["validation"]["loss"],
+            "test accuracy": arms[arm]["validation"]["accuracy"],
+        }
+        rows.append((arm, figure, f"{np.array(curves[figure])[:, -5:].mean():.4f}", f"{other:.4f}", band))
+    return report.markdown(rows)
+
+
+def race() -> str:
+    """Seconds of a training epoch at batch 64."""
+    rows = [
+        ("program", "s per training epoch: median (min-max)", "times PyTorch at its best", "times the tutorial's loop")
+    ]
+    for row in rows_of("throughput"):
+        if (row["batch size"], row["what"]) == (64, "training"):
+            spread = f"{row['median (s)']:.2f} ({row['min (s)']:.2f}-{row['max (s)']:.2f})"
+            ratios = (f"{row[f'x {other}']:.2f}" for other in ("PyTorch at its best", "the tutorial's loop"))
+            rows.append((row["program"], spread, *ratios))
+    return report.markdown(rows)
+
+
+def lanes() -> str:
+    """Seconds per model and epoch, both evaluations included."""
+    rows = [("program", "s per model and epoch: median (min-max)", "times PyTorch at its best")]
+    for row in rows_of("lanes"):
+        spread = f"{row['median (s)']:.3f} ({row['min (s)']:.3f}-{row['max (s)']:.3f})"
+        rows.append((row["program"], spread, f"{1 / row['/ PyTorch, in memory, fused Adam']:.2f}"))
+    return report.markdown(rows)
+
+
+def where_time_goes() -> str:
+    """The roofline's rows about the epoch."""
+    rows = [("program", "s: median (min-max)", "share of the GEMM rate", "share of the epoch that it takes")]
+    for row in rows_of("roofline"):
+        spread = f"{row['median (s)']:.3f} ({row['min (s)']:.3f}-{row['max (s)']:.3f})"
+        shares = (row.get(name) for name in ("share of GEMM rate", "share of the epoch that it takes"))
+        rows.append((row["program"], spread, *("" if share is None else f"{share:.0%}" for share in shares)))
+    return report.markdown(rows)
+
+
+def startup() -> str:
+    """Seconds from the start of a process to the first evaluated epoch."""
+    found = rows_of("startup")
+    starts = list(dict.fromkeys(row["start"] for row in found))
+    rows = [("phase", *(f"{start}, s" for start in starts))]
+    for phase in dict.fromkeys(row["phase"] for row in found):
+        of_phase = {row["start"]: row["median (s)"] for row in found if row["phase"] == phase}
+        rows.append((phase, *(f"{of_phase[start]:.2f}" for start in starts)))
+    return report.markdown(rows)
+
+
+def images_a_second() -> str:
+    """How many images each program classifies."""
+    found = rows_of("predict")
+    programs = list(dict.fromkeys(row["program"] for row in found))
+    rows = [("images at a time", *programs)]
+    for size in dict.fromkeys(row["images"] for row in found):
+        of_size = {row["program"]: f"{row['images/s']:,.0f}" for row in found if row["images"] == size}
+        rows.append((f"{size:,}", *(of_size.get(program, "-") for program in programs)))
+    return report.markdown(rows)
+
+
+def saving() -> str:
+    """What checkpoints add to a run."""
+    rows = [("program", "s: median (min-max)", "added")]
+    for row in rows_of("saving"):
+        spread = f"{row['median (s)']:.2f} ({row['min (s)']:.2f}-{row['max (s)']:.2f})"
+        share = row.get("share added (median)")
+        rows.append((row["program"], spread, "" if share is None else f"{share:+.1%}"))
+    return report.markdown(rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "verdicts": lambda: table_of("seeds32/report.md", 1),
+    "arms": lambda: table_of("seeds32/report.md", 0),
+    "reproduced": reproduced,
+    "study losses": lambda: table_of("dropout_sweep/report.md", 0),
+    "study tested": lambda: table_of("dropout_sweep/report.md", 1),
+    "calibration": lambda: table_of("calibration/report.md", 0),
+    "calibration differences": lambda: table_of("calibration/report.md", 1),
+    "entropies": lambda: table_of("calibration/report.md", 2),
+    "detection": lambda: table_of("calibration/report.md", 3),
+    "routes": lambda: table_of("export/report.md", 0),
+    "images a second": images_a_second,
+    "race": race,
+    "lanes": lanes,
+    "roofline": where_time_goes,
+    "startup": startup,
+    "saving": saving,
+}
+
+
+def fill(text: str) -> str:
+    """Replace every table by what its record says."""
+    return BLOCK.sub(lambda block: f"{block[1]}\n{TABLES[block[2]]()}\n\n{block[4]}", text)
+
+
+def main() -> int:
+    text = README.read_text()
+    files.write_atomically(README, fill(text))
+    print(f"{len(BLOCK.findall(text))} tables of {README} are as the records say")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
