@@ -5,10 +5,11 @@
                           v
     TrainConfig ──> train.fit(train, validation, key=..., dropout_rate=...)            one run
     (compiled)      sweep.sweep(train, validation, seeds=..., dropout_rates=...)       many, as one program
+                          │     checkpoint.Store saves each epoch, and both go on from there
                           │     each epoch: shuffle, train_step x 938 (model.FashionMLP, optimiser),
                           │                 evaluate on training and validation images, dropout off
                           v
-                  Run(state, history) ──> evidence.judge ──> report.table, report.verdicts, plot.losses
+                  Run(state, history, best) ──> evidence.judge ──> report.table, report.verdicts, plot.losses
                           │
                           └──> predict.predict, predict.predict_mc ──> calibration.score, plot.classification
                                interop.to_torch, interop.save_safetensors, interop.export, interop.export_onnx

@@ -240,6 +240,8 @@ class Store:
             import orbax.checkpoint as ocp
 
             arrays = _flatten(tree)
+            # Names become paths in orbax's store, where a slash means something; numbers do not.
+            numbered = {str(i): array for i, array in enumerate(arrays.values())}
             self.wait()
             self._losses[step] = loss if math.isfinite(loss) else math.inf
             seal = {
@@ -248,11 +250,12 @@ class Store:
                 "loss": loss if math.isfinite(loss) else None,
                 "identity": self._identity,
                 "circumstances": self._circumstances,
+                "names": list(arrays),
                 "arrays": content_digest(tree),
             }
             with self._explained(step):
                 manager = self._open(ocp)
-                manager.save(step, args=ocp.args.StandardSave(arrays))
+                manager.save(step, args=ocp.args.StandardSave(numbered))
             self._saving = step, self._background.submit(self._seal, step, seal)
         self.saved = step
 
@@ -391,10 +394,10 @@ def _read(path: Path, like: Any) -> Checkpoint:
     except Exception as error:
         raise DamagedError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
     names, structure = _names(like)
-    if set(arrays) != set(names):
-        wrong = sorted(set(arrays) ^ set(names))
+    if seal["names"] != names:
+        wrong = sorted(set(seal["names"]) ^ set(names))
         raise ValueError(f"{path} holds other arrays than this run has: {', '.join(wrong)}")
-    tree = jax.tree.unflatten(structure, [np.asarray(arrays[name]) for name in names])
+    tree = jax.tree.unflatten(structure, [np.asarray(arrays[str(i)]) for i in range(len(names))])
     if content_digest(tree) != seal["arrays"]:
         raise DamagedError(f"{path} is damaged: the SHA-256 of its arrays does not match")
     return Checkpoint(seal["step"], tree, seal["identity"], seal["circumstances"])

@@ -3,6 +3,7 @@
 Usage: sweep_worker.py DEVICES OUTPUT [COORDINATOR PROCESSES PROCESS]
 """
 
+import logging
 import os
 import signal
 import sys
@@ -25,14 +26,19 @@ def main(devices: str, output: str, *machines: str) -> None:
     train, validation = (data.subset(part, 1_000, key=jax.random.key(7)) for part in (train, test))
 
     def on_epoch(end):
+        if os.environ.get("STOP"):
+            raise KeyboardInterrupt
         if end.epoch == 1 and os.environ.get("DIE") == str(jax.process_index()):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    run = sweep(train, validation, seeds=SEEDS, dropout_rates=RATES, epochs=EPOCHS, on_epoch=on_epoch)
+    options = {"seeds": SEEDS, "dropout_rates": RATES, "epochs": EPOCHS, "checkpoint": os.environ.get("CHECKPOINT")}
+    run = sweep(train, validation, on_epoch=on_epoch, **options)
     leaves = [np.asarray(leaf) for leaf in jax.tree.leaves((run.history, run.state.params))]
     np.savez(output, *leaves)
     print(f"{jax.process_count()} processes, {jax.device_count()} devices", flush=True)
 
 
 if __name__ == "__main__":
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("fashion_jax").setLevel(logging.INFO)
     main(*sys.argv[1:])

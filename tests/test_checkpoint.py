@@ -5,12 +5,15 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
 
 from benchmarks.kill_resume import kill_and_resume
 from fashion_jax import TrainConfig, fit
@@ -42,6 +45,28 @@ def stop_after(*epochs):
 
 def everything(directory: Path) -> dict[str, bytes]:
     return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+arrays = st.builds(
+    lambda dtype, shape, seed: np.random.default_rng(seed).integers(0, 256, (*shape, 8), np.uint8).view(dtype),
+    st.sampled_from(["<f4", "<f8", "<i4", "<u4", "<i8", "u1", "<f2"]),
+    st.lists(st.integers(1, 4), max_size=3),
+    st.integers(0, 2**32),
+)
+
+
+@settings(max_examples=25, derandomize=True, deadline=None, phases=[Phase.explicit, Phase.generate])
+@given(st.dictionaries(st.text("abcäß/. _", min_size=1, max_size=5), arrays | st.tuples(arrays, arrays), min_size=1))
+def test_any_tree_comes_back_bit_by_bit(tree):
+    """NaNs of every kind among the numbers."""
+    with tempfile.TemporaryDirectory() as place:
+        with Store(Checkpoints(Path(place) / "run"), identity={"seed": 3}) as store:
+            store.save(1, tree, loss=np.inf)
+        found = restore(Path(place) / "run", tree)
+    assert content_digest(found.tree) == content_digest(tree)
+    for leaf, expected in zip(jax.tree.leaves(found.tree), jax.tree.leaves(tree), strict=True):
+        assert (leaf.dtype, leaf.shape, leaf.tobytes()) == (expected.dtype, expected.shape, expected.tobytes())
+    assert found.identity == {"seed": 3}
 
 
 # A run that goes on.

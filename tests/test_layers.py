@@ -37,6 +37,7 @@ TYPES_ONLY["predict"] = {"Params"}
 ONLY_IN = {
     "flax": "model",
     "matplotlib": "plot",
+    "orbax": "checkpoint",
     "onnx": "interop",
     "safetensors": "interop",
     "sklearn": "calibration",
@@ -45,7 +46,7 @@ ONLY_IN = {
     "tqdm": "log",
 }
 # Imported where they are used: they are slow to import, or not every installation has them.
-INSIDE_FUNCTIONS = {"PIL", "onnx", "sklearn", "tensorflow_datasets", "torch"}
+INSIDE_FUNCTIONS = {"PIL", "onnx", "orbax", "sklearn", "tensorflow_datasets", "torch"}
 
 
 def imports(module: str):

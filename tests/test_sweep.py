@@ -142,6 +142,21 @@ def test_a_process_that_dies_ends_the_others(tmp_path, worker):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_sweep_goes_on_with_other_devices_and_processes(expected, tmp_path, worker):
+    checkpoint = {"CHECKPOINT": str(tmp_path / "saved")}
+    first = worker(2, tmp_path / "0.npz", STOP="1", **checkpoint)
+    _, errors = first.communicate(timeout=300)
+    assert first.returncode == 0, errors
+    address = f"127.0.0.1:{free_port()}"
+    processes = [worker(2, tmp_path / f"{i}.npz", address, 2, i, **checkpoint) for i in range(2)]
+    for i, process in enumerate(processes):
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+        assert "going on after epoch 1 of 2" in errors
+        assert "devices was 2 and is 4: going on within rounding, not bit by bit" in errors
+        assert_file_holds(tmp_path / f"{i}.npz", expected)
+
+
 def test_sizes_are_nested_and_have_an_axis_of_their_own(small, validation):
     run = sweep_all(small, validation, train_sizes=[100, 1_000])
     assert run.history.validation.loss.shape == (2, 2, 3, 2)
