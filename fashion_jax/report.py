@@ -40,7 +40,7 @@ def as_json(arms: Mapping[str, History], *, seeds: list[int], config: TrainConfi
     """Collect every figure of every epoch, and what is needed to make them again, as plain JSON values.
 
     Args:
-        arms: Title and History of each arm; leaves [runs, epochs].
+        arms: Title and History of each arm; leaves [..., epochs].
         seeds: The seed of each run.
         config: The config that all runs share.
         **more: Further entries, such as the dropout rates.
@@ -78,7 +78,7 @@ def summaries(arms: Mapping[str, History]) -> dict[str, Any]:
     """Give each arm's `evidence.summarise` as plain JSON values, one number a run.
 
     Args:
-        arms: Title and History of each arm; leaves [runs, epochs].
+        arms: Title and History of each arm; leaves [..., epochs].
 
     Raises:
         TypeError: An arm is not a History.
@@ -120,7 +120,7 @@ def table(arms: Mapping[str, History]) -> str:
     | no dropout | last: 3 | 0.4500                | 0.4500             | 0.4500          | 0.4500   |
     | no dropout | best: 2 | 0.4000                | 0.4000             | 0.4000          | 0.4000   |
     """
-    _check_arms(arms)
+    _check_arms(arms, axes=("runs", "epochs"))
     heading = ("arm", "epoch", "running training loss", "fair training loss", "validation loss", "accuracy")
     rows: list[tuple[str, ...]] = [heading]
     for title, history in arms.items():
@@ -251,13 +251,13 @@ def markdown(rows: list[tuple[str, ...]]) -> str:
     return "\n".join(lines)
 
 
-def _check_arms(arms: Mapping[str, History]) -> None:
+def _check_arms(arms: Mapping[str, History], axes: tuple[str, ...] | None = None) -> None:
     if not isinstance(arms, Mapping):
         raise TypeError(f"arms must map titles to Histories, got {type(arms).__name__}")
     if not arms:
         raise ValueError("arms must hold at least one History, got none")
     for title, history in arms.items():
-        check_history(history, f"arms[{title!r}]", axes=("runs", "epochs"))
+        check_history(history, f"arms[{title!r}]", axes=axes)
 
 
 def _processor() -> str:

@@ -460,10 +460,11 @@ def test_what_is_no_history_is_refused(taker, wrong, error, message):
         HISTORY_TAKERS[taker](wrong)
 
 
-@pytest.mark.parametrize("taker", ["as_json", "summaries", "table"])
-def test_histories_of_one_run_are_told_the_axes(taker):
-    with pytest.raises(ValueError, match=r"arms\['arm'\] must have leaves \[runs, epochs\], got \[4\]"):
-        HISTORY_TAKERS[taker](history(4))
+@pytest.mark.parametrize("shape", [(4,), (2, 3, 4)])
+def test_a_table_is_of_runs(shape):
+    with pytest.raises(ValueError, match=r"arms\['arm'\] must have leaves \[runs, epochs\], got"):
+        report.table({"arm": history(*shape)})
+    assert report.summaries({"arm": history(*shape)})
 
 
 def test_reports_of_nothing_are_refused():
