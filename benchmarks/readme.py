@@ -55,6 +55,18 @@ def reproduced() -> str:
     return report.markdown(rows)
 
 
+def parity() -> str:
+    """Largest differences of single steps."""
+    found = rows_of("parity")
+    rows = [tuple(found[0])]
+    for row in found:
+        name, *differences = row.values()
+        rows.append(
+            (name, *(f"{value:.1e}" if isinstance(value, float) and value else f"{value:g}" for value in differences))
+        )
+    return report.markdown(rows)
+
+
 def race() -> str:
     """Seconds of a training epoch at batch 64."""
     rows = [
@@ -123,6 +135,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "verdicts": lambda: table_of("seeds32/report.md", 1),
     "arms": lambda: table_of("seeds32/report.md", 0),
     "reproduced": reproduced,
+    "parity": parity,
     "study losses": lambda: table_of("dropout_sweep/report.md", 0),
     "study tested": lambda: table_of("dropout_sweep/report.md", 1),
     "calibration": lambda: table_of("calibration/report.md", 0),

@@ -1,8 +1,8 @@
 """Take a trained network elsewhere: PyTorch, safetensors, StableHLO and ONNX, and check each on the test set.
 
-Writes network.pth, network.safetensors, network.stablehlo and network.onnx, and prints how far the probabilities of the
-10,000 test images are from ours when each file is read and run again. PyTorch, onnx and onnxruntime need not be there;
-what needs them is then left out.
+Writes network.pth, network.safetensors, network.stablehlo, network.onnx and report.md, and prints how far the
+probabilities of the 10,000 test images are from ours when each file is read and run again. PyTorch, onnx and
+onnxruntime need not be there; what needs them is then left out.
 """
 
 import dataclasses
@@ -91,7 +91,9 @@ def main(flags: Flags) -> int:
             rows.append((name, f"not run: {error}", "-"))
             continue
         rows.append((name, f"{np.abs(theirs - ours).max():.1e}", f"{(theirs.argmax(axis=1) == labels).mean():.4f}"))
-    print(report.markdown(rows))
+    table = report.markdown(rows)
+    print(table)
+    files.write_atomically(flags.output / "report.md", table + "\n")
     print(f"\nthe files are in {flags.output}")
     return 0
 

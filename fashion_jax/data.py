@@ -227,7 +227,9 @@ def check_batch(batch: Batch, name: str) -> None:
         raise ValueError(f"{name} must hold at least one example, got none")
     if isinstance(labels, Tracer):
         return
-    smallest, largest = int(labels.min()), int(labels.max())
+    # NumPy's, because inside somebody's jit JAX would trace even what is known.
+    values = np.asarray(labels)
+    smallest, largest = int(values.min()), int(values.max())
     if smallest < 0 or largest >= len(CLASS_NAMES):
         raise ValueError(f"{name}.labels must lie in 0..{len(CLASS_NAMES) - 1}, got {smallest}..{largest}")
 

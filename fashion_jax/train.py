@@ -680,7 +680,7 @@ def run_epochs(
         save()
         if store is not None:
             store.wait()
-    if noted and noted[0] == signal.SIGTERM and len(rows) < epochs:
+    if noted and noted[0] == signal.SIGTERM:
         assert store is not None
         logger.warning(
             "stopped by SIGTERM after epoch %d of %d, saved in %s; the same call goes on from there",

@@ -170,5 +170,4 @@ def compare(rate: float, steps: int) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    assert jax.config.jax_enable_x64, "set JAX_ENABLE_X64=1"
     print(json.dumps(compare(float(sys.argv[1]), int(sys.argv[2]))))

@@ -19,6 +19,7 @@ from benchmarks import (
     harness,
     kill_resume,
     lanes,
+    parity,
     predict,
     roofline,
     rounding,
@@ -544,7 +545,8 @@ def test_image_sheet_refuses_bad_arguments(images, columns, error, message):
 
 
 @pytest.mark.parametrize(
-    "benchmark", [distribution, fuzz, kill_resume, lanes, predict, roofline, rounding, saving, startup, throughput]
+    "benchmark",
+    [distribution, fuzz, kill_resume, lanes, parity, predict, roofline, rounding, saving, startup, throughput],
 )
 def test_benchmarks_refuse_counts_and_places_out_of_range(benchmark, tmp_path):
     (tmp_path / "file").touch()

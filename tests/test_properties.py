@@ -137,10 +137,10 @@ def test_an_epoch_counts_every_example_once_whatever_the_sizes(n, size, seed):
     config = TrainConfig(hidden=(8,), batch_size=size, learning_rate=1e-12)
     key, batch = jax.random.key(seed), random_batch(n, seed)
     start = init_state(key, config=SMALL)
-    state, running_loss = train_epoch(start, batch, key, config=config, dropout_rate=0.0)
+    state, batch_losses = train_epoch(start, batch, key, config=config, dropout_rate=0.0)
     bits = jax.random.bits(jax.random.fold_in(split_key(key).order, 0), (n,))
     order = np.argsort(np.asarray(bits), kind="stable")
     each = losses(log_probs(start.params, batch.images), batch)[order]
-    expected = np.mean([each[first : first + size].mean() for first in range(0, n, size)])
-    np.testing.assert_allclose(running_loss, expected, rtol=1e-5)
+    expected = [each[first : first + size].mean() for first in range(0, n, size)]
+    np.testing.assert_allclose(batch_losses, expected, rtol=1e-5)
     assert int(state.step) == -(-n // size)

@@ -346,3 +346,9 @@ def test_the_epoch_with_evaluation_is_the_epoch_and_the_evaluations(small):
     assert_trees_close(lane.state.params, expected.params, atol=1e-5)
     assert float(history.running_loss) == pytest.approx(float(losses.mean()), rel=1e-5)
     assert int(good_steps) == len(losses)
+
+
+def test_evaluation_inside_a_jit_with_data_from_outside(small):
+    data, params = to_device(small), init_state(KEY).params
+    inside = jax.jit(lambda params: evaluate(params, data, config=CONFIG))(params)
+    assert float(inside.loss) == pytest.approx(float(evaluate(params, data, config=CONFIG).loss), rel=1e-6)
