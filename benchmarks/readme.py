@@ -44,7 +44,7 @@ def reproduced() -> str:
     arms = json.loads((RECORD / "seeds32" / "history.json").read_text())["arms"]
     # [ours and theirs, arms, seeds, figures]
     theirs = np.array(json.loads((RECORD / "distribution.json").read_text())["measured"])[1].mean(axis=1)
-    rows = [("arm", "figure", "ours, 32 seeds", "PyTorch, 8 seeds", "band of earlier runs")]
+    rows: list[tuple[str, ...]] = [("arm", "figure", "ours, 32 seeds", "PyTorch, 8 seeds", "band of earlier runs")]
     for (arm, figure, band), other in zip(BANDS, theirs.ravel(), strict=True):
         curves = {
             "running training loss": arms[arm]["running_loss"],
@@ -58,7 +58,7 @@ def reproduced() -> str:
 def parity() -> str:
     """Largest differences of single steps."""
     found = rows_of("parity")
-    rows = [tuple(found[0])]
+    rows: list[tuple[str, ...]] = [tuple(found[0])]
     for row in found:
         name, *differences = row.values()
         rows.append(
@@ -69,7 +69,7 @@ def parity() -> str:
 
 def race() -> str:
     """Seconds of a training epoch at batch 64."""
-    rows = [
+    rows: list[tuple[str, ...]] = [
         ("program", "s per training epoch: median (min-max)", "times PyTorch at its best", "times the tutorial's loop")
     ]
     for row in rows_of("throughput"):
@@ -82,7 +82,7 @@ def race() -> str:
 
 def lanes() -> str:
     """Seconds per model and epoch, both evaluations included."""
-    rows = [("program", "s per model and epoch: median (min-max)", "times PyTorch at its best")]
+    rows: list[tuple[str, ...]] = [("program", "s per model and epoch: median (min-max)", "times PyTorch at its best")]
     for row in rows_of("lanes"):
         spread = f"{row['median (s)']:.3f} ({row['min (s)']:.3f}-{row['max (s)']:.3f})"
         rows.append((row["program"], spread, f"{1 / row['/ PyTorch, in memory, fused Adam']:.2f}"))
@@ -91,7 +91,9 @@ def lanes() -> str:
 
 def where_time_goes() -> str:
     """The roofline's rows about the epoch."""
-    rows = [("program", "s: median (min-max)", "share of the GEMM rate", "share of the epoch that it takes")]
+    rows: list[tuple[str, ...]] = [
+        ("program", "s: median (min-max)", "share of the GEMM rate", "share of the epoch that it takes")
+    ]
     for row in rows_of("roofline"):
         spread = f"{row['median (s)']:.3f} ({row['min (s)']:.3f}-{row['max (s)']:.3f})"
         shares = (row.get(name) for name in ("share of GEMM rate", "share of the epoch that it takes"))
@@ -103,7 +105,7 @@ def startup() -> str:
     """Seconds from the start of a process to the first evaluated epoch."""
     found = rows_of("startup")
     starts = list(dict.fromkeys(row["start"] for row in found))
-    rows = [("phase", *(f"{start}, s" for start in starts))]
+    rows: list[tuple[str, ...]] = [("phase", *(f"{start}, s" for start in starts))]
     for phase in dict.fromkeys(row["phase"] for row in found):
         of_phase = {row["start"]: row["median (s)"] for row in found if row["phase"] == phase}
         rows.append((phase, *(f"{of_phase[start]:.2f}" for start in starts)))
@@ -114,7 +116,7 @@ def images_a_second() -> str:
     """How many images each program classifies."""
     found = rows_of("predict")
     programs = list(dict.fromkeys(row["program"] for row in found))
-    rows = [("images at a time", *programs)]
+    rows: list[tuple[str, ...]] = [("images at a time", *programs)]
     for size in dict.fromkeys(row["images"] for row in found):
         of_size = {row["program"]: f"{row['images/s']:,.0f}" for row in found if row["images"] == size}
         rows.append((f"{size:,}", *(of_size.get(program, "-") for program in programs)))
@@ -123,7 +125,7 @@ def images_a_second() -> str:
 
 def saving() -> str:
     """What checkpoints add to a run."""
-    rows = [("program", "s: median (min-max)", "added")]
+    rows: list[tuple[str, ...]] = [("program", "s: median (min-max)", "added")]
     for row in rows_of("saving"):
         spread = f"{row['median (s)']:.2f} ({row['min (s)']:.2f}-{row['max (s)']:.2f})"
         share = row.get("share added (median)")
