@@ -20,7 +20,7 @@ data: $(INSTALLED)
 	sh scripts/get_data.sh $(BIN)/python >/dev/null
 
 test: $(TEST) data
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 bench: $(BENCH) data
 	for name in throughput lanes roofline startup rounding predict; do $(BIN)/python -m benchmarks.$$name || exit 1; done

@@ -166,10 +166,9 @@ def test_other_data_and_other_programs_are_refused(small, splits, tmp_path):
 # Processes that end.
 
 
-@pytest.mark.parametrize(("program", "kills"), [("fit", 3), ("sweep", 1)])
-def test_killed_at_random_moments(tmp_path, program, kills):
-    row = kill_and_resume(program, tmp_path, kills=kills, seed=3)
-    assert row["kills"] == kills
+def test_killed_at_random_moments(tmp_path):
+    row = kill_and_resume("fit", tmp_path, kills=3, seed=3)
+    assert row["kills"] == 3
     assert row["runs that differ"] == 0
 
 
@@ -197,7 +196,6 @@ def after_epoch(process: subprocess.Popen, epoch: int) -> None:
     [
         (signal.SIGTERM, -signal.SIGTERM, "stopped by SIGTERM after epoch"),
         (signal.SIGINT, 130, "run the command again to go on"),
-        (signal.SIGKILL, -signal.SIGKILL, ""),
     ],
 )
 def test_the_same_command_gives_the_same_report(tmp_path, number, status, line):
