@@ -75,7 +75,7 @@ def test_every_number_of_images_gives_the_same_rows(params, splits, n):
 def test_no_number_of_images_or_samples_and_no_rate_compiles_a_second_program(params, splits):
     images = splits.test.images[:100]
     predict(params, images[:1])
-    predict_mc(params, images[:1], key=KEY, samples=1, dropout_rate=0.1)
+    predict_mc(params, images[:1], key=jax.random.key(1), samples=1, dropout_rate=0.1)
     events = []
     jax.monitoring.register_event_duration_secs_listener(lambda event, *_, **__: events.append(event))
     try:
