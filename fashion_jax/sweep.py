@@ -215,7 +215,7 @@ def _lane_bytes(config: TrainConfig) -> int:
 def _too_many(lanes: int, mesh: Mesh, lanes_at_once: int, config: TrainConfig) -> MemoryError:
     # The CPU's devices share its memory.
     share = mesh.size if mesh.devices.flat[0].platform == "cpu" else 1
-    room = int(_memory(mesh.devices.flat[0]) / _lane_bytes(config) / share) * mesh.size
+    room = int(_memory(mesh.local_devices[0]) / _lane_bytes(config) / share) * mesh.size
     return MemoryError(
         f"{lanes} lanes on {mesh.size} devices, {lanes_at_once} at once on each, do not fit into their memory; about "
         f"{room} lanes of this config do. Use fewer seeds or dropout_rates, or a lower lanes_at_once"
@@ -241,7 +241,7 @@ def _sweep(
 
     lanes = len(seeds) * len(dropout_rates)
     on_each = -(-lanes // mesh.size) * (mesh.size if mesh.devices.flat[0].platform == "cpu" else 1)
-    if on_each * _lane_bytes(config) > _memory(mesh.devices.flat[0]):
+    if on_each * _lane_bytes(config) > _memory(mesh.local_devices[0]):
         raise _too_many(lanes, mesh, lanes_at_once, config)
 
     # Rates vary slowest, as in the result; lanes that only fill up the last device repeat the first.
