@@ -7,7 +7,6 @@ import io
 import json
 import re
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ import tyro
 from matplotlib.figure import Figure
 
 from fashion_jax import files, report
+from fashion_jax.script import run_script
 
 RECORDS = Path(__file__).parent / "records"
 Row = dict[str, Any]
@@ -32,12 +32,12 @@ def start(main: Callable[[Any], int | None], flags: type, description: str | Non
         flags: The dataclass of flags.
         description: For --help.
     """
-    try:
-        given = tyro.cli(flags, description=description)
+
+    def checked(given: Any) -> int:
         check(given)
-        sys.exit(main(given))
-    except (OSError, TypeError, ValueError) as error:
-        sys.exit(f"error: {error}")
+        return main(given) or 0
+
+    run_script(checked, tyro.cli(flags, description=description))
 
 
 def check(flags: Any) -> None:

@@ -41,7 +41,8 @@ class Checkpoints(NamedTuple):
     Attributes:
         directory: A directory of its own for each run; made if it is missing.
         every: Epochs between two checkpoints. The last epoch is always saved.
-        keep: How many of the newest are kept, beside the one with the lowest validation loss.
+        keep: How many of the newest are kept at least, beside the one with the lowest validation loss. One more stays,
+            because orbax removes old ones before the new one has its seal.
     """
 
     directory: str | os.PathLike
@@ -88,19 +89,20 @@ def content_digest(tree: Any) -> str:
     return digest.hexdigest()
 
 
-def restore(directory: str | os.PathLike, like: Any) -> Checkpoint | None:
-    """Read the newest checkpoint that is not damaged; warn of those that are.
+def restore(directory: str | os.PathLike, like: Any, *, identity: Mapping[str, Any] | None = None) -> Checkpoint | None:
+    """Read the newest checkpoint that is finished and not damaged; warn of newer ones that are not.
 
     Args:
         directory: Holds the checkpoints.
         like: A pytree with the structure that was saved; its leaves do not matter.
+        identity: What the run has to be that made it; any if left out.
 
     Returns:
-        The checkpoint, or None if there is none.
+        The checkpoint, or None if none was ever finished.
 
     Raises:
-        DamagedError: There are checkpoints, and all are damaged.
-        ValueError: The directory holds something else, or the checkpoint has another structure.
+        DamagedError: Some were finished, and all are damaged.
+        ValueError: The directory holds something else, or the checkpoint is another run's or has another structure.
 
     >>> import tempfile
     >>> restore(tempfile.mkdtemp(), like={}) is None
@@ -111,14 +113,14 @@ def restore(directory: str | os.PathLike, like: Any) -> Checkpoint | None:
     damaged = []
     for step in sorted(_steps(directory), reverse=True):
         path = directory / str(step)
-        if not (path / SEAL).exists():
-            damaged.append(f"{path} has no {SEAL}: it was never finished, or the file is lost")
-        else:
+        problem = f"{path} has no {SEAL}: it was never finished, or the file is lost"
+        if _sealed(path):
             try:
-                return _read(path, like)
+                return _read(path, like, identity)
             except DamagedError as error:
-                damaged.append(str(error))
-        warnings.warn(f"{damaged[-1]}; the checkpoint before it is used", stacklevel=2)
+                problem = str(error)
+                damaged.append(problem)
+        warnings.warn(f"{problem}; the checkpoint before it is used, if there is one", stacklevel=2)
     if damaged:
         raise DamagedError(
             f"no checkpoint in {directory} can be used ({'; '.join(damaged)}); remove the directory to start anew"
@@ -198,15 +200,8 @@ class Store:
             DamagedError: All checkpoints are damaged.
             ValueError: The directory holds the checkpoints of another run; they are left alone.
         """
-        try:
-            found = restore(self.directory, like)
-        except DamagedError:
-            if any((self.directory / str(step) / SEAL).exists() for step in _steps(self.directory)):
-                raise
-            # The very first one was cut off.
-            found = None
+        found = restore(self.directory, like, identity=self._identity)
         if found is not None:
-            self._refuse_another_run(found.identity)
             for name, (then, now) in _differences(found.circumstances, self._circumstances).items():
                 logger.info("%s was %s and is %s: going on within rounding, not bit by bit", name, then, now)
         if jax.process_count() > 1:
@@ -303,18 +298,10 @@ class Store:
         try:
             yield
         except Exception as error:
-            complete = sorted(other for other in _steps(self.directory) if other < step)
+            complete = sorted(other for other in _steps(self.directory) if _sealed(self.directory / str(other)))
             kept = f"the checkpoint of step {complete[-1]} is intact" if complete else "there is none before it"
             reason = str(error).splitlines()[0]
             raise OSError(f"cannot save step {step} to {self.directory}: {reason}; {kept}") from error
-
-    def _refuse_another_run(self, identity: dict[str, Any]) -> None:
-        differences = _differences(identity, self._identity)
-        if differences:
-            listed = "; ".join(f"{name} is {then} there and {now} here" for name, (then, now) in differences.items())
-            raise ValueError(
-                f"{self.directory} holds the checkpoints of another run: {listed}. Name another directory, or remove it"
-            )
 
     def _take_lock(self) -> int:
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -348,6 +335,10 @@ def _steps(directory: Path) -> list[int]:
     return [int(path.name) for path in directory.glob("*") if path.name.isdecimal() and path.is_dir()]
 
 
+def _sealed(path: Path) -> bool:
+    return (path / SEAL).exists()
+
+
 def _files(path: Path) -> list[str]:
     names = (file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
     return sorted(name for name in names if Path(name).name != SEAL)
@@ -376,10 +367,15 @@ def _loss(path: Path) -> float | None:
     return (math.inf if seal["loss"] is None else seal["loss"]) if complete else None
 
 
-def _read(path: Path, like: Any) -> Checkpoint:
+def _read(path: Path, like: Any, identity: Mapping[str, Any] | None) -> Checkpoint:
     import orbax.checkpoint as ocp
 
     seal = _read_seal(path)
+    if identity is not None and (differences := _differences(seal["identity"], identity)):
+        listed = "; ".join(f"{name} is {then} there and {now} here" for name, (then, now) in differences.items())
+        raise ValueError(
+            f"{path.parent} holds the checkpoints of another run: {listed}. Name another directory, or remove it"
+        )
     for name, expected in seal["files"].items():
         file = path / name
         if not file.is_file():

@@ -215,8 +215,7 @@ def check_batch(batch: Batch, name: str) -> None:
     if not (isinstance(batch, tuple) and len(batch) == 2 and all(hasattr(leaf, "dtype") for leaf in batch)):
         raise TypeError(f"{name} must be a Batch of two arrays, got {type(batch).__name__}")
     images, labels = batch
-    if images.dtype != np.uint8:
-        raise TypeError(f"{name}.images must be uint8 pixels from 0 to 255, as stored; got {_described(images)}")
+    check_pixels(images, f"{name}.images")
     if not jnp.issubdtype(labels.dtype, np.integer):
         raise TypeError(f"{name}.labels must be integers, got {labels.dtype}")
     if images.ndim < 3 or labels.shape != images.shape[:1]:
@@ -232,6 +231,24 @@ def check_batch(batch: Batch, name: str) -> None:
     smallest, largest = int(values.min()), int(values.max())
     if smallest < 0 or largest >= len(CLASS_NAMES):
         raise ValueError(f"{name}.labels must lie in 0..{len(CLASS_NAMES) - 1}, got {smallest}..{largest}")
+
+
+def check_pixels(images, name: str) -> None:
+    """Refuse images that are not pixels as they are stored, such as pixels that somebody has scaled.
+
+    Args:
+        images: An array of any shape.
+        name: What to call it in errors.
+
+    Raises:
+        TypeError: It is not an array of uint8.
+
+    >>> check_pixels(np.array([[0.0, 0.5]]), "images")  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    TypeError: images must be uint8 pixels from 0 to 255, got float64 from 0 to 0.5. These look scaled: ...
+    """
+    if getattr(images, "dtype", None) != np.uint8:
+        raise TypeError(f"{name} must be uint8 pixels from 0 to 255, got {_described(images)}")
 
 
 def check_key(key) -> None:
@@ -300,6 +317,8 @@ def _stratified_order(labels, key) -> np.ndarray:
 
 def _described(images) -> str:
     """Tell what images are that are not uint8, and what to do about it."""
+    if not hasattr(images, "dtype"):
+        return type(images).__name__
     if not images.size or isinstance(images, Tracer) or not jnp.issubdtype(images.dtype, np.number):
         return f"{images.dtype}"
     low, high = float(images.min()), float(images.max())

@@ -22,7 +22,7 @@ import safetensors.numpy
 from jaxtyping import Array, Float, UInt8
 
 from fashion_jax.config import TrainConfig
-from fashion_jax.data import CLASS_NAMES
+from fashion_jax.data import CLASS_NAMES, check_pixels
 from fashion_jax.files import write_atomically
 
 if TYPE_CHECKING:
@@ -70,9 +70,7 @@ class ExportedNetwork(NamedTuple):
             TypeError: The images are not `uint8`.
             ValueError: The images' shape is wrong.
         """
-        if getattr(images, "dtype", None) != np.uint8:
-            found = getattr(images, "dtype", type(images).__name__)
-            raise TypeError(f"images must be uint8 pixels from 0 to 255, got {found}")
+        check_pixels(images, "images")
         if images.ndim != 3 or images.shape[1:] != (SIDE, SIDE) or not len(images):
             raise ValueError(f"images must have shape [n, 28, 28] with n at least 1, got {list(images.shape)}")
         return np.asarray(jax.jit(self.exported.call)(jnp.asarray(images)))

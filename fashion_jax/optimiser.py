@@ -24,7 +24,7 @@ def scale_by_adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> opta
 
     `optax.scale_by_adam` takes 1 - b**t from b**t in float32, where 1 - 0.999 is off by 1.3e-5. That shrinks all early
     updates alike, and two networks that differ so are soon different networks. It also divides both moments by their
-    corrections, element by element; here the corrections meet as one factor, which saves two of three divisions.
+    corrections, element by element; here the corrections meet in factors of a step, and one division is left of three.
 
     Args:
         b1: Decay of the first moment.

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from fashion_jax.calibration import Reliability
+from fashion_jax.data import check_pixels
 from fashion_jax.evidence import Summary, check_history
 from fashion_jax.train import History
 
@@ -100,7 +101,7 @@ def classification(
     ['bag', 'coat']
     """
     image, probabilities = np.asarray(image), np.asarray(probabilities)
-    _check_pixels(image, "image")
+    check_pixels(image, "image")
     if image.ndim != 2:
         raise ValueError(f"image must have shape [height, width], got {list(image.shape)}")
     if probabilities.ndim != 1 or not len(probabilities):
@@ -166,7 +167,7 @@ def image_sheet(images: UInt8[Array | np.ndarray, "n height width"], *, columns:
     (84, 84)
     """
     images = np.asarray(images)
-    _check_pixels(images, "images")
+    check_pixels(images, "images")
     if images.ndim != 3 or not len(images):
         raise ValueError(f"images must have shape [n, height, width] with n at least 1, got {list(images.shape)}")
     if columns < 1:
@@ -358,12 +359,6 @@ def confusion(arms: Mapping[str, Int[np.ndarray, "classes classes"]], *, class_n
         axes.set_xlabel("predicted class")
     panels[0].set_ylabel("label (percent of its examples)")
     return figure
-
-
-def _check_pixels(images: np.ndarray, name: str) -> None:
-    # Scaled to [0, 1], they would be drawn as black.
-    if images.dtype != np.uint8:
-        raise TypeError(f"{name} must be uint8 pixels from 0 to 255, got {images.dtype}")
 
 
 def _curve(axes: Axes, values, label: str, style: dict) -> None:

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Float64, Key, UInt8
 from scipy.special import entr
 
 from fashion_jax.config import TrainConfig
+from fashion_jax.data import check_key, check_pixels
 from fashion_jax.model import NUM_CLASSES, FashionMLP, check_rate
 from fashion_jax.train import Params
 
@@ -117,8 +118,7 @@ def predict_mc(
     >>> bool((sure.mutual_information > 0).all() and (sure.mutual_information < sure.entropy).all())
     True
     """
-    if not (isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape == ()):
-        raise TypeError(f"key must be one typed key, from jax.random.key(seed); got {key!r}")
+    check_key(key)
     if not isinstance(samples, int) or isinstance(samples, bool):
         raise TypeError(f"samples must be an int, got {samples!r}")
     if samples < 1:
@@ -248,12 +248,7 @@ def read_image(path: str | os.PathLike, *, light_on_dark: bool | None = None) ->
 
 
 def _check_images(images):
-    if getattr(images, "dtype", None) != np.uint8:
-        found = getattr(images, "dtype", type(images).__name__)
-        raise TypeError(
-            f"images must be uint8 pixels from 0 to 255, got {found}; the model standardises them itself, so do not "
-            "scale them before"
-        )
+    check_pixels(images, "images")
     if images.ndim != 3:
         raise ValueError(f"images must have shape [n, height, width], got {list(images.shape)}")
     return images

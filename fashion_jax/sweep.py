@@ -235,7 +235,7 @@ def _sweep(
 ) -> Run:
     mesh = Mesh(np.array(devices or jax.devices()), ("lanes",), axis_types=(AxisType.Auto,))
     if lanes_at_once is None:
-        lanes_at_once = lanes_that_fit(mesh.devices.flat[0], config)
+        lanes_at_once = lanes_that_fit(mesh.local_devices[0], config)
     if lanes_at_once < 1:
         raise ValueError(f"lanes_at_once must be at least 1, got {lanes_at_once}")
 

@@ -570,10 +570,6 @@ def open_store(
     return Store(checkpoint, identity=identity, circumstances=layout | circumstances)
 
 
-def _fetch(tree):
-    return jax.device_get(tree)
-
-
 def _place(tree):
     return jax.tree.map(jnp.asarray, tree)
 
@@ -608,7 +604,7 @@ def run_epochs(
     names: np.ndarray,
     on_epoch: OnEpoch | None,
     store: Store | None,
-    to_host: Callable[[Any], Any] = _fetch,
+    to_host: Callable[[Any], Any] = jax.device_get,
     to_devices: Callable[[Any], Any] = _place,
 ) -> Run:
     """Run epochs in turn; report and save each, and collect what they measured.

@@ -1,5 +1,7 @@
 """What is saved comes back as it was, or not at all."""
 
+import hashlib
+import json
 import logging
 import shutil
 import signal
@@ -141,6 +143,7 @@ def test_the_best_parameters_survive(small, tmp_path):
     [
         ({"config": TrainConfig(learning_rate=0.01)}, "config.learning_rate is 0.003 there and 0.01 here"),
         ({"key": jax.random.key(2)}, r"key is \['threefry2x32', 0, 1\] there and \['threefry2x32', 0, 2\] here"),
+        ({"config": TrainConfig(hidden=(32,))}, r"config.hidden is \[256, 128, 64\] there and \[32\] here"),
         ({"dropout_rate": 0.5}, "dropout_rate is 0.0 there and 0.5 here"),
         ({"start": init_state(KEY)}, "start is None there and "),
     ],
@@ -310,6 +313,23 @@ def test_each_damaged_file_is_named_and_the_step_before_is_used(tmp_path, damage
         with pytest.warns(UserWarning, match=f"{file.name}.*; the checkpoint before it is used"):
             found = restore(directory, TREE)
         assert (found.step, int(found.tree["step"])) == (4, 4)
+
+
+def test_sound_files_with_other_arrays_are_noticed(tmp_path):
+    """As if orbax had read something else than it wrote."""
+    save(tmp_path, 1, 2)
+    shutil.rmtree(tmp_path / "2" / "default")
+    shutil.copytree(tmp_path / "1" / "default", tmp_path / "2" / "default")
+    seal = json.loads((tmp_path / "2" / "seal.json").read_text())
+    del seal["seal"]
+    files = [path for path in (tmp_path / "2").rglob("*") if path.is_file() and path.name != "seal.json"]
+    seal["files"] = {
+        path.relative_to(tmp_path / "2").as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files
+    }
+    seal["seal"] = hashlib.sha256(json.dumps(seal, sort_keys=True).encode()).hexdigest()
+    (tmp_path / "2" / "seal.json").write_text(json.dumps(seal))
+    with pytest.warns(UserWarning, match=r"2 is damaged: the SHA-256 of its arrays does not match"):
+        assert restore(tmp_path, TREE).step == 1
 
 
 def test_when_all_are_damaged_nothing_is_made_up(tmp_path):
