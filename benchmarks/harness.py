@@ -7,13 +7,13 @@ import io
 import json
 import re
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
-import torch
 import tyro
 from matplotlib.figure import Figure
 
@@ -99,8 +99,11 @@ def spread(seconds: list[float]) -> Row:
 
 
 def environment() -> Row:
-    """Tell device, processor, versions and threads of both sides."""
+    """Tell device, processor, versions and threads; of PyTorch too, if the benchmark has used it."""
     both = report.environment()
+    if "torch" not in sys.modules:
+        return both
+    torch = sys.modules["torch"]
     both["versions"] |= {"torch": torch.__version__}
     both["torch threads"] = torch.get_num_threads()
     if torch.cuda.is_available():

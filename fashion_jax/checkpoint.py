@@ -29,7 +29,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from fashion_jax.files import write_atomically
+from fashion_jax.files import prepare_directory, write_atomically
 
 SEAL, LOCK, FORMAT = "seal.json", "fashion_jax.lock", 1
 logger = logging.getLogger(__name__)
@@ -164,6 +164,8 @@ class Store:
                 raise TypeError(f"checkpoint.{name} must be an int, got {value!r}")
             if value < 1:
                 raise ValueError(f"checkpoint.{name} must be at least 1, got {value}")
+        if not isinstance(checkpoints.directory, (str, os.PathLike)):
+            raise TypeError(f"checkpoint must be a directory or Checkpoints, got {checkpoints.directory!r}")
         self.directory, self.every, self._keep = Path(checkpoints.directory).absolute(), *checkpoints[1:]
         self._identity = json.loads(json.dumps(identity))
         self._circumstances = json.loads(json.dumps({**(circumstances or {}), "versions": _versions()}))
@@ -304,7 +306,7 @@ class Store:
             raise OSError(f"cannot save step {step} to {self.directory}: {reason}; {kept}") from error
 
     def _take_lock(self) -> int:
-        self.directory.mkdir(parents=True, exist_ok=True)
+        prepare_directory(self.directory)
         lock = os.open(self.directory / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -774,10 +774,16 @@ def _check_epochs(epochs) -> None:
 
 def _check_start(start: TrainState, config: TrainConfig, steps: int) -> None:
     expected = jax.eval_shape(functools.partial(init_state, config=config), jax.random.key(0))
-    if jax.tree.structure(start) != jax.tree.structure(expected):
-        raise TypeError(
-            f"start must be a TrainState as init_state gives it for this config, got {jax.tree.structure(start)}"
-        )
+    if not isinstance(start, TrainState):
+        raise TypeError(f"start must be a TrainState, as init_state gives it, got {type(start).__name__}")
+    names, expected_names = (
+        {jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)}
+        for tree in (start, expected)
+    )
+    if names != expected_names:
+        wrong = [f"start{name} is missing" for name in sorted(expected_names - names)]
+        wrong += [f"start{name} is one too many" for name in sorted(names - expected_names)]
+        raise ValueError(f"start does not fit the config: {'; '.join(wrong)}")
     pairs = zip(jax.tree_util.tree_leaves_with_path(start), jax.tree.leaves(expected), strict=True)
     for (path, found), leaf in pairs:
         if (jnp.shape(found), jnp.result_type(found)) != (leaf.shape, leaf.dtype):

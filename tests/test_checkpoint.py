@@ -382,9 +382,41 @@ def test_only_a_directory_of_checkpoints_is_touched(tmp_path, name):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize("directory", [5, ["runs"]])
+def test_what_is_no_directory_is_refused(small, directory, unchecked):
+    with pytest.raises(TypeError, match=r"checkpoint must be a directory or Checkpoints, got"):
+        fit(small, small, key=KEY, epochs=1, checkpoint=directory)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "error", "message"),
+    [
+        (lambda state: state.params, TypeError, "start must be a TrainState, as init_state gives it, got dict"),
+        (
+            lambda state: state._replace(params={"fc1": state.params["fc1"]}),
+            ValueError,
+            r"start does not fit the config: start\.params\['fc2'\]\['bias'\] is missing",
+        ),
+        (
+            lambda state: state._replace(step=state.step + 1),
+            ValueError,
+            "start.step must be a multiple of the 16 steps",
+        ),
+        (
+            lambda state: init_state(KEY, config=TrainConfig(hidden=(3, 128, 64))),
+            ValueError,
+            r"start\.params\['fc1'\]\['bias'\] must be float32\[256\] for this config, got float32\[3\]",
+        ),
+    ],
+)
+def test_a_start_that_does_not_fit_is_refused(small, spoil, error, message, unchecked):
+    with pytest.raises(error, match=message):
+        fit(small, small, key=KEY, epochs=1, start=spoil(init_state(KEY)))
+
+
 def test_a_directory_that_cannot_be_made(tmp_path, small):
     (tmp_path / "file").touch()
-    with pytest.raises(NotADirectoryError):
+    with pytest.raises(NotADirectoryError, match="no files can be written into this directory"):
         fit(small, small, key=KEY, epochs=1, checkpoint=tmp_path / "file" / "deeper")
 
 
