@@ -40,7 +40,7 @@ types: $(LINT) $(TEST)
 constraints: $(INSTALLED)
 	$(PIP) install uv
 	$(BIN)/uv pip compile --universal --python-version 3.11 --upgrade --no-annotate --no-header \
-		--group test --group lint --group bench pyproject.toml --output-file constraints.txt
+		--group test --group lint --group bench --group docs pyproject.toml --output-file constraints.txt
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache
