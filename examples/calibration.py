@@ -174,7 +174,7 @@ def main(flags: Flags) -> int:
         files.write_atomically(flags.output / f"{name}.png", png.getvalue())
     results = {
         "environment": report.environment(),
-        "config": dataclasses.asdict(config),
+        "config": config.as_dict(),
         "flags": vars(flags),
         "epochs": complete,
         "seeds": seeds,

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Annotated
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from fashion_jax import CLASS_NAMES, FashionMLP, TrainConfig, data, evidence, files, plot, report, sweep
+from fashion_jax import CLASS_NAMES, TrainConfig, data, evidence, files, plot, report, sweep
 from fashion_jax.log import Progress
+from fashion_jax.predict import predict
 from fashion_jax.script import INTERRUPTED, run_script
 from fashion_jax.train import evaluate
 
@@ -128,13 +128,13 @@ def main(flags: Flags) -> int:
     print("\n\n".join(sections))
 
     params = jax.tree.map(lambda leaf: leaf[-1, 0], run.state.params)
-    log_probs = FashionMLP(config.hidden).apply({"params": params}, jnp.array(test.images[:1]), deterministic=True)
+    probabilities = predict(params, test.images[:1], config=config)[0]
     curves = report.read_curves(REFERENCE) if flags.reference else {}
     reference = {name: curves[rate] for name, rate in zip(names, flags.rates, strict=True) if rate in curves}
     figures = {
         "losses": plot.losses(arms, reference=reference),
         "prediction": plot.classification(
-            test.images[0], np.exp(log_probs[0]), class_names=CLASS_NAMES, label=int(test.labels[0])
+            test.images[0], probabilities, class_names=CLASS_NAMES, label=int(test.labels[0])
         ),
         "samples": plot.image_sheet(train.images[:900]),
     }

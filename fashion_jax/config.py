@@ -6,26 +6,54 @@ of `fashion_jax.train.fit` instead.
 """
 
 import dataclasses
+import functools
 import math
 import numbers
+from collections.abc import Callable, Mapping
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TrainConfig:
-    """The tutorial's network and optimiser, as one immutable value.
+    """Network, data, loss and optimiser, as one immutable value; the default is the tutorial's experiment.
 
     Attributes:
         hidden: Units of each hidden layer, input side first.
         batch_size: Examples in one training step.
-        learning_rate: Step size of Adam, constant over the run.
+        learning_rate: Step size of the optimiser; the highest one if it is scheduled.
         train_eval_size: Training examples that the evaluation-mode training loss is measured on, the same ones for
             every run; None takes all of them.
         eval_batch_size: Examples in one chunk of an evaluation. It bounds memory; results depend on it by rounding
             only.
+        image_shape: Shape of one image, height and width first.
+        classes: Number of classes.
+        input_dropout: Share of pixels to drop while training, at every dropout rate of the hidden units, 0 included.
+        dtype: Type that the matrix products are computed in, "bfloat16"; the parameters' own if None. Parameters,
+            activations and sums over examples stay float32.
+        label_smoothing: Share of the target that is spread over all classes, in the training loss only.
+        shift: Each training image is moved by up to this many pixels up, down, left and right; black comes in.
+        flip: Each training image is mirrored, left and right, with probability 1/2.
+        warmup_steps: Steps over which the learning rate rises linearly from 0.
+        decay_steps: Steps, warm-up included, after which the learning rate has fallen to 0 along a half cosine; None
+            keeps it constant.
+        weight_decay: Each step shrinks the kernels by this times the learning rate, decoupled from the gradient: AdamW.
+        max_norm: Largest Euclidean norm of the weights that lead to a unit; longer ones are scaled back after each
+            step.
+        average_decay: Decay of an exponential moving average of the parameters, which is then what is evaluated and
+            kept as the best; see `fashion_jax.train.evaluated_params`.
+        model: Another network than `FashionMLP`: called with `dropout_rate`, gives a Flax module that is called like
+            it.
+        loss: Another training loss than the negative log likelihood: takes log-probabilities [n, classes] and labels
+            [n], and gives [n]. What is reported of evaluations stays the negative log likelihood.
+        optimiser: Another optimiser than Adam: takes the learning rate, a number or an optax schedule, and gives an
+            optax transformation.
+
+    The last three are compared by identity: make a `functools.partial` or a lambda once, because another one, however
+    like it, is another config and compiled anew.
 
     Raises:
         TypeError: A field has the wrong type.
-        ValueError: A field is out of range.
+        ValueError: A field is out of range, or two do not go together.
 
     >>> TrainConfig(batch_size=128).batch_size
     128
@@ -39,20 +67,142 @@ class TrainConfig:
     learning_rate: float = 0.003
     train_eval_size: int | None = 10_000
     eval_batch_size: int = 2_000
+    image_shape: tuple[int, ...] = (28, 28)
+    classes: int = 10
+    input_dropout: float = 0.0
+    dtype: str | None = None
+    label_smoothing: float = 0.0
+    shift: int = 0
+    flip: bool = False
+    warmup_steps: int = 0
+    decay_steps: int | None = None
+    weight_decay: float = 0.0
+    max_norm: float | None = None
+    average_decay: float | None = None
+    model: Callable[..., Any] | None = None
+    loss: Callable[..., Any] | None = None
+    optimiser: Callable[..., Any] | None = None
 
     def __post_init__(self):
-        if not isinstance(self.hidden, tuple):
-            raise TypeError(f"hidden must be a tuple of ints, got {self.hidden!r}")
-        counts = {f"hidden[{i}]": units for i, units in enumerate(self.hidden)}
-        counts |= {"batch_size": self.batch_size, "eval_batch_size": self.eval_batch_size}
-        if self.train_eval_size is not None:
-            counts["train_eval_size"] = self.train_eval_size
-        for name, count in counts.items():
-            if not isinstance(count, numbers.Integral) or isinstance(count, bool):
-                raise TypeError(f"{name} must be an int, got {count!r}")
-            if count < 1:
-                raise ValueError(f"{name} must be at least 1, got {count}")
-        if not isinstance(self.learning_rate, numbers.Real) or isinstance(self.learning_rate, bool):
-            raise TypeError(f"learning_rate must be a float, got {self.learning_rate!r}")
-        if not 0 < self.learning_rate < math.inf:
-            raise ValueError(f"learning_rate must be positive and finite, got {self.learning_rate}")
+        for name in ("hidden", "image_shape"):
+            value = getattr(self, name)
+            if not isinstance(value, tuple):
+                raise TypeError(f"{name} must be a tuple of ints, got {value!r}")
+            for i, entry in enumerate(value):
+                _check_count(f"{name}[{i}]", entry, 1)
+        if len(self.image_shape) < 2:
+            raise ValueError(f"image_shape must be (height, width, ...), got {self.image_shape}")
+        for name, least in _COUNTS.items():
+            if name not in _OPTIONAL or getattr(self, name) is not None:
+                _check_count(name, getattr(self, name), least)
+        for name, (expected, fits) in _NUMBERS.items():
+            if name not in _OPTIONAL or getattr(self, name) is not None:
+                _check_number(name, getattr(self, name), expected, fits)
+        if not isinstance(self.flip, bool):
+            raise TypeError(f"flip must be a bool, got {self.flip!r}")
+        if self.dtype not in (None, "bfloat16"):
+            raise ValueError(f'dtype must be "bfloat16" or None, got {self.dtype!r}')
+        if self.decay_steps is not None and self.decay_steps <= self.warmup_steps:
+            raise ValueError(
+                f"decay_steps counts the warm-up too, so it must be more than warmup_steps, {self.warmup_steps}; got "
+                f"{self.decay_steps}"
+            )
+        for name, replaced in _REPLACED.items():
+            function = getattr(self, name)
+            if function is not None and not callable(function):
+                raise TypeError(f"{name} must be callable, got {function!r}")
+            unused = [other for other in replaced if getattr(self, other) != _DEFAULTS[other]]
+            if function is not None and unused:
+                raise ValueError(f"{', '.join(unused)} would have no effect: {name} replaces what uses it")
+
+    def steps_per_epoch(self, examples: int) -> int:
+        """Tell how many steps an epoch takes; the last batch may be short.
+
+        Args:
+            examples: Number of training examples.
+
+        >>> TrainConfig().steps_per_epoch(60_000)
+        938
+        """
+        return -(-examples // self.batch_size)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Give the fields as what JSON can hold; functions by their names.
+
+        >>> TrainConfig(loss=math.dist).as_dict()["loss"]
+        'math.dist'
+        """
+        return {field.name: _as_json(getattr(self, field.name)) for field in dataclasses.fields(self)}
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> "TrainConfig":
+        """Take back what `as_dict` gave, by way of JSON; fields that are not there have their defaults.
+
+        Args:
+            fields: Name and value of each field.
+
+        Raises:
+            TypeError: There is no such field, or one has the wrong type, as the name of a function has.
+            ValueError: A field is out of range.
+
+        >>> TrainConfig.from_dict(TrainConfig(hidden=(32,)).as_dict()) == TrainConfig(hidden=(32,))
+        True
+        """
+        values: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()
+        }
+        return cls(**values)
+
+
+# Smallest allowed value of each field that counts something.
+_COUNTS = {
+    "batch_size": 1,
+    "eval_batch_size": 1,
+    "train_eval_size": 1,
+    "classes": 2,
+    "shift": 0,
+    "warmup_steps": 0,
+    "decay_steps": 1,
+}
+_SHARE = ("lie in [0, 1)", lambda value: 0 <= value < 1)
+_POSITIVE = ("be positive and finite", lambda value: 0 < value < math.inf)
+_NUMBERS = {
+    "learning_rate": _POSITIVE,
+    "input_dropout": _SHARE,
+    "label_smoothing": _SHARE,
+    "weight_decay": ("be at least 0 and finite", lambda value: 0 <= value < math.inf),
+    "max_norm": _POSITIVE,
+    "average_decay": _SHARE,
+}
+_OPTIONAL = {"train_eval_size", "decay_steps", "max_norm", "average_decay"}
+# What each function stands in for: these fields would be ignored without a word.
+_REPLACED = {
+    "model": ("hidden", "input_dropout", "dtype"),
+    "loss": ("label_smoothing",),
+    "optimiser": ("weight_decay",),
+}
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
+
+
+def _check_count(name: str, value, least: int) -> None:
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def _check_number(name: str, value, expected: str, fits: Callable[[Any], bool]) -> None:
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a float, got {value!r}")
+    if not fits(value):
+        raise ValueError(f"{name} must {expected}, got {value}")
+
+
+def _as_json(value):
+    if isinstance(value, functools.partial):
+        named = {name: _as_json(given) for name, given in value.keywords.items()}
+        return {"partial": _as_json(value.func), "args": list(map(_as_json, value.args)), "keywords": named}
+    if callable(value):
+        kind = value if hasattr(value, "__qualname__") else type(value)
+        return f"{kind.__module__}.{kind.__qualname__}"
+    return list(value) if isinstance(value, tuple) else value

@@ -67,11 +67,11 @@ class Batch(NamedTuple):
     """Images and their labels; a data set is one large batch.
 
     Attributes:
-        images: Grey pixels as they are stored, 0 (background) to 255.
-        labels: Index of each image's class in `CLASS_NAMES`.
+        images: Pixels as they are stored, 0 (background) to 255; Fashion-MNIST's are grey, 28x28.
+        labels: Index of each image's class, in `CLASS_NAMES` for Fashion-MNIST.
     """
 
-    images: UInt8[Array | np.ndarray, "n 28 28"]
+    images: UInt8[Array | np.ndarray, "n height width *channels"]
     labels: Int[Array | np.ndarray, " n"]
 
 
@@ -154,7 +154,7 @@ def hold_out(batch: Batch, fraction: float, *, key: Key[Array, ""]) -> tuple[Bat
     >>> len(rest.labels), np.bincount(held_out.labels).tolist()
     (80, [2, 2, 2, 2, 2, 2, 2, 2, 2, 2])
     """
-    check_batch(batch, "batch")
+    check_batch(batch, "batch", classes=None)
     check_key(key)
     if not isinstance(fraction, numbers.Real) or isinstance(fraction, bool):
         raise TypeError(f"fraction must be a number in (0, 1), got {fraction!r}")
@@ -187,7 +187,7 @@ def subset(batch: Batch, size: int, *, key: Key[Array, ""]) -> Batch:
     >>> np.bincount(subset(batch, 30, key=jax.random.key(0)).labels).tolist()
     [3, 3, 3, 3, 3, 3, 3, 3, 3, 3]
     """
-    check_batch(batch, "batch")
+    check_batch(batch, "batch", classes=None)
     check_key(key)
     if not isinstance(size, numbers.Integral) or isinstance(size, bool):
         raise TypeError(f"size must be an int, got {size!r}")
@@ -197,12 +197,13 @@ def subset(batch: Batch, size: int, *, key: Key[Array, ""]) -> Batch:
     return _take(batch, _stratified_order(batch.labels, key)[:size])
 
 
-def check_batch(batch: Batch, name: str) -> None:
+def check_batch(batch: Batch, name: str, *, classes: int | None = len(CLASS_NAMES)) -> None:
     """Refuse what cannot be a data set; of traced arrays, whose values are not known yet, types and shapes only.
 
     Args:
         batch: Images [n, height, width] and labels [n].
         name: What to call it in the error.
+        classes: Number of classes that labels may name; None allows any.
 
     Raises:
         TypeError: The images are not uint8 or the labels not integers.
@@ -229,8 +230,9 @@ def check_batch(batch: Batch, name: str) -> None:
     # NumPy's, because inside somebody's jit JAX would trace even what is known.
     values = np.asarray(labels)
     smallest, largest = int(values.min()), int(values.max())
-    if smallest < 0 or largest >= len(CLASS_NAMES):
-        raise ValueError(f"{name}.labels must lie in 0..{len(CLASS_NAMES) - 1}, got {smallest}..{largest}")
+    if smallest < 0 or (classes is not None and largest >= classes):
+        expected = "be at least 0" if classes is None else f"lie in 0..{classes - 1}"
+        raise ValueError(f"{name}.labels must {expected}, got {smallest}..{largest}")
 
 
 def check_pixels(images, name: str) -> None:

@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -28,7 +29,6 @@ from fashion_jax.files import write_atomically
 if TYPE_CHECKING:
     import torch
 
-SIDE = 28
 MAGIC = b"fashion_jax StableHLO 1\n"
 DIGEST_CHARACTERS = 64
 # The oldest opset whose Softmax is the usual one is 13; 17 is what runtimes of several years read.
@@ -40,7 +40,7 @@ class Network(NamedTuple):
 
     Attributes:
         params: The model's parameters.
-        config: What it was trained with.
+        config: What it was trained with, but for `loss` and `optimiser`: functions are not kept.
         class_names: Name of each class.
     """
 
@@ -60,19 +60,21 @@ class ExportedNetwork(NamedTuple):
     exported: jax.export.Exported
     class_names: tuple[str, ...]
 
-    def __call__(self, images: UInt8[Array | np.ndarray, "n 28 28"]) -> Float[np.ndarray, "n 10"]:
+    def __call__(self, images: UInt8[Array | np.ndarray, "n height width *channels"]) -> Float[np.ndarray, "n classes"]:
         """Compute the probability of each class; the first call with another number of images compiles.
 
         Args:
-            images: Grey pixels, 0 to 255, at least one image.
+            images: Pixels, 0 to 255, at least one image.
 
         Raises:
             TypeError: The images are not `uint8`.
             ValueError: The images' shape is wrong.
         """
         check_pixels(images, "images")
-        if images.ndim != 3 or images.shape[1:] != (SIDE, SIDE) or not len(images):
-            raise ValueError(f"images must have shape [n, 28, 28] with n at least 1, got {list(images.shape)}")
+        _, *shape = self.exported.in_avals[0].shape
+        if list(images.shape[1:]) != shape or not len(images):
+            expected = ", ".join(map(str, ("n", *shape)))
+            raise ValueError(f"images must have shape [{expected}] with n at least 1, got {list(images.shape)}")
         return np.asarray(jax.jit(self.exported.call)(jnp.asarray(images)))
 
 
@@ -224,7 +226,7 @@ def save_safetensors(
 
     Raises:
         OSError: The file cannot be written.
-        ValueError: The parameters do not fit the config.
+        ValueError: The parameters do not fit the config, or are not those of a `FashionMLP`.
 
     >>> import tempfile
     >>> from fashion_jax.train import init_state
@@ -235,11 +237,10 @@ def save_safetensors(
     >>> network.config == TrainConfig(), network.class_names[9]
     (True, 'Ankle boot')
     """
-    from fashion_jax.predict import check_params
-
-    check_params(dict(params), config)
+    _check_network(params, config, class_names)
     tensors = _tensors(params)
-    metadata = {"config": json.dumps(dataclasses.asdict(config)), "class_names": json.dumps(list(class_names))}
+    about = dataclasses.replace(config, loss=None, optimiser=None).as_dict()
+    metadata = {"config": json.dumps(about), "class_names": json.dumps(list(class_names))}
     metadata["sha256"] = _digest(tensors, metadata)
     write_atomically(path, safetensors.numpy.save(tensors, metadata))
 
@@ -274,8 +275,7 @@ def load_safetensors(path: str | os.PathLike) -> Network:
     if _digest(tensors, metadata) != metadata["sha256"]:
         raise ValueError(f"{path} is damaged: its content does not have the digest that it was written with")
     try:
-        fields = json.loads(metadata["config"])
-        config = TrainConfig(**fields | {"hidden": tuple(fields["hidden"])})
+        config = TrainConfig.from_dict(json.loads(metadata["config"]))
         return Network(from_torch(tensors, config=config), config, tuple(json.loads(metadata["class_names"])))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} was written by another version of fashion_jax: {error}") from error
@@ -310,14 +310,14 @@ def export(
     >>> load_exported(path)(np.zeros((3, 28, 28), np.uint8)).shape
     (3, 10)
     """
-    from fashion_jax.predict import check_params, probabilities
+    from fashion_jax.predict import probabilities
 
-    check_params(dict(params), config)
+    _check_network(params, config, class_names)
     weights = jax.tree.map(jnp.asarray, dict(params))
-    images = jax.ShapeDtypeStruct((*jax.export.symbolic_shape("n"), SIDE, SIDE), jnp.uint8)
+    images = jax.ShapeDtypeStruct((*jax.export.symbolic_shape("n"), *config.image_shape), jnp.uint8)
     program = jax.jit(lambda images: probabilities(weights, images, config=config))
     exported = jax.export.export(program, platforms=("cpu", "cuda"))(images)
-    about = {"class_names": list(class_names), "config": dataclasses.asdict(config), "jax": jax.__version__}
+    about = {"class_names": list(class_names), "config": config.as_dict(), "jax": jax.__version__}
     content = json.dumps(about).encode() + b"\n" + exported.serialize()
     write_atomically(path, MAGIC + hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
 
@@ -383,9 +383,7 @@ def export_onnx(
     import onnx
     from onnx import TensorProto, helper, numpy_helper
 
-    from fashion_jax.predict import check_params
-
-    check_params(dict(params), config)
+    _check_network(params, config, class_names)
     tensors = {name: array.astype(np.float32) for name, array in _tensors(params).items()}
     constants = {"white": np.float32(255), "half": np.float32(0.5)}
     nodes = [
@@ -405,7 +403,7 @@ def export_onnx(
     graph = helper.make_graph(
         nodes,
         "fashion_jax",
-        [helper.make_tensor_value_info("images", TensorProto.UINT8, ["n", SIDE, SIDE])],
+        [helper.make_tensor_value_info("images", TensorProto.UINT8, ["n", *config.image_shape])],
         [helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, ["n", len(class_names)])],
         [numpy_helper.from_array(np.asarray(array), name) for name, array in (constants | tensors).items()],
     )
@@ -413,6 +411,14 @@ def export_onnx(
     helper.set_model_props(model, {"class_names": json.dumps(list(class_names))})
     onnx.checker.check_model(model, full_check=True)
     write_atomically(path, model.SerializeToString())
+
+
+def _check_network(params: Mapping[str, Any], config: TrainConfig, class_names: Sequence[str]) -> None:
+    from fashion_jax.model import check_params
+
+    check_params(dict(params), config)
+    if len(class_names) != config.classes:
+        raise ValueError(f"class_names must name {config.classes} classes, got {len(class_names)}")
 
 
 def _as_numpy(name: str, tensor) -> np.ndarray:
@@ -450,7 +456,8 @@ def _missing(layers: Mapping[str, Any], given: Mapping[str, Any], config: TrainC
 def _misfits(layers: Mapping[str, dict[str, np.ndarray]], config: TrainConfig | None) -> list[str]:
     """Tell which tensors do not have the shape that the config, or the layer before, asks for."""
     outputs = list(config.hidden) if config else [len(parts["bias"]) for parts in layers.values()][:-1]
-    widths = list(itertools.pairwise((SIDE * SIDE, *outputs, len(CLASS_NAMES))))
+    like = config or TrainConfig()
+    widths = list(itertools.pairwise((math.prod(like.image_shape), *outputs, like.classes)))
     wrong = [f"{name}.weight and {name}.bias are not part of the network" for name in list(layers)[len(widths) :]]
     wrong += [f"layer {i} of {len(widths)} is missing" for i in range(len(layers) + 1, len(widths) + 1)]
     for (name, parts), (inputs, units) in zip(layers.items(), widths, strict=False):

@@ -4,8 +4,10 @@ The only module that imports Flax. It takes raw `uint8` images and returns log-p
 remember how the pixels are standardised.
 """
 
+import functools
 import math
 from collections.abc import Sequence
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -13,11 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax.linen.summary import tabulate
 from jax.core import Tracer
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Key, UInt8
 
+from fashion_jax.config import TrainConfig
 from fashion_jax.threefry import uniform
 
-NUM_CLASSES = 10
+Params = dict[str, Any]
 
 
 def check_rate(rate, name: str = "dropout_rate") -> None:
@@ -91,7 +94,7 @@ class Dropout(nn.Module):
 
 
 class FashionMLP(nn.Module):
-    """The tutorial's classifier: 784-256-128-64-10, ReLU, dropout after each hidden ReLU, log-softmax output.
+    """A multilayer perceptron: ReLU, dropout after each hidden ReLU, log-softmax output; by default the tutorial's.
 
     Weights and biases start as in `torch.nn.Linear`: uniform in +-1/sqrt(fan_in). The layers are called fc1, fc2, ...
     as in the tutorial.
@@ -99,6 +102,9 @@ class FashionMLP(nn.Module):
     Attributes:
         hidden: Units of each hidden layer, input side first.
         dropout_rate: Share of hidden units to drop while training, in [0, 1); may be a traced value.
+        input_dropout: Share of pixels to drop while training, after they are standardised.
+        dtype: Type that the matrix products are computed in; the parameters' own if None.
+        classes: Number of classes.
 
     Raises:
         ValueError: A concrete rate is outside [0, 1).
@@ -112,14 +118,18 @@ class FashionMLP(nn.Module):
 
     hidden: Sequence[int] = (256, 128, 64)
     dropout_rate: float | Float[Array, ""] = 0.2
+    input_dropout: float = 0.0
+    dtype: str | None = None
+    classes: int = 10
 
     def __post_init__(self):
         check_rate(self.dropout_rate)
+        check_rate(self.input_dropout, "input_dropout")
         super().__post_init__()
 
     @nn.compact
-    def __call__(self, x: UInt8[Array, "n *pixels"], *, deterministic: bool) -> Float[Array, "n 10"]:
-        """Compute log-probabilities of the ten classes.
+    def __call__(self, x: UInt8[Array, "n *pixels"], *, deterministic: bool) -> Float[Array, "n classes"]:
+        """Compute log-probabilities of the classes.
 
         Args:
             x: Images as they are stored, 0 to 255.
@@ -132,10 +142,112 @@ class FashionMLP(nn.Module):
         if x.ndim < 3:
             raise ValueError(f"images must have shape [n, height, width], got {list(x.shape)}")
         x = standardise(x).reshape(x.shape[0], -1)
+        if self.input_dropout:
+            x = Dropout(self.input_dropout, name="dropout0")(x, deterministic=deterministic)
         for i, units in enumerate(self.hidden, start=1):
-            x = nn.relu(_linear(x, units, f"fc{i}"))
+            x = nn.relu(_linear(x, units, self.dtype, f"fc{i}"))
             x = Dropout(self.dropout_rate, name=f"dropout{i}")(x, deterministic=deterministic)
-        return nn.log_softmax(_linear(x, NUM_CLASSES, f"fc{len(self.hidden) + 1}"))
+        return nn.log_softmax(_linear(x, self.classes, self.dtype, f"fc{len(self.hidden) + 1}"))
+
+
+def build_model(config: TrainConfig, dropout_rate: float | Float[Array, ""] = 0.0) -> nn.Module:
+    """Build the network that a config asks for.
+
+    Args:
+        config: `config.model`, or the fields that describe a `FashionMLP`.
+        dropout_rate: Share of hidden units to drop while training; may be a traced value.
+
+    Raises:
+        TypeError: `config.model` does not give a Flax module.
+
+    >>> build_model(TrainConfig(hidden=(32,))).hidden
+    (32,)
+    """
+    if config.model is None:
+        return FashionMLP(config.hidden, dropout_rate, config.input_dropout, config.dtype, config.classes)
+    model = config.model(dropout_rate=dropout_rate)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"config.model must give a flax.linen.Module when called with dropout_rate, got {model!r}")
+    return model
+
+
+def init_params(key: Key[Array, ""], config: TrainConfig) -> Params:
+    """Draw the initial weights of a config's network.
+
+    Args:
+        key: For the draws.
+        config: What the network is.
+
+    Raises:
+        ValueError: The network keeps other variables than parameters, or gives something else than log-probabilities
+            [n, classes].
+
+    >>> jax.tree.map(jnp.shape, init_params(jax.random.key(0), TrainConfig(hidden=(32,))))["fc2"]
+    {'bias': (10,), 'kernel': (32, 10)}
+    """
+    images = jnp.zeros((1, *config.image_shape), jnp.uint8)
+    output, variables = build_model(config).init_with_output(key, images, deterministic=True)
+    if set(variables) - {"params"}:
+        others = ", ".join(sorted(set(variables) - {"params"}))
+        raise ValueError(f"config.model must keep parameters only, got other variables too: {others}")
+    if output.shape != (1, config.classes):
+        raise ValueError(
+            f"the network must give log-probabilities [n, {config.classes}], got {['n', *output.shape[1:]]}"
+        )
+    return cast(Params, variables.get("params", {}))
+
+
+@functools.lru_cache
+def sizes(config: TrainConfig) -> tuple[int, int]:
+    """Count the parameters of a config's network, and the numbers that its modules give for one image.
+
+    >>> sizes(TrainConfig())[0]
+    242762
+    """
+    params = jax.eval_shape(functools.partial(init_params, config=config), jax.random.key(0))
+
+    def outputs(params):
+        images = jnp.zeros((1, *config.image_shape), jnp.uint8)
+        return build_model(config).apply(
+            {"params": params}, images, deterministic=True, capture_intermediates=True, mutable=["intermediates"]
+        )
+
+    count, per_image = (
+        sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (params, jax.eval_shape(outputs, params))
+    )
+    return count, per_image
+
+
+def check_params(params: Params, config: TrainConfig) -> None:
+    """Refuse parameters that do not fit a config.
+
+    Args:
+        params: The model's parameters.
+        config: What the network is.
+
+    Raises:
+        ValueError: A layer is missing, is one too many, or has another shape.
+
+    >>> check_params({"fc1": {"kernel": np.zeros((784, 10)), "bias": np.zeros(9)}}, TrainConfig(hidden=()))
+    Traceback (most recent call last):
+    ValueError: params do not fit the config: fc1.bias must have shape [10], got [9]
+    """
+    expected, found = (
+        {jax.tree_util.keystr(path, simple=True, separator="."): list(np.shape(leaf)) for path, leaf in leaves}
+        for leaves in map(
+            jax.tree_util.tree_leaves_with_path,
+            (jax.eval_shape(functools.partial(init_params, config=config), jax.random.key(0)), params),
+        )
+    )
+    wrong = [f"{name} is missing" for name in expected if name not in found]
+    wrong += [f"{name} is not part of the network" for name in found if name not in expected]
+    wrong += [
+        f"{name} must have shape {shape}, got {found[name]}"
+        for name, shape in expected.items()
+        if found.get(name, shape) != shape
+    ]
+    if wrong:
+        raise ValueError(f"params do not fit the config: {'; '.join(wrong)}")
 
 
 def standardise(images: UInt8[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -175,11 +287,12 @@ def summary(model: nn.Module, image_shape: Sequence[int] = (28, 28)) -> str:
     return table(images, deterministic=True)
 
 
-def _linear(x, features: int, name: str):
+def _linear(x, features: int, dtype: str | None, name: str):
     bound = 1 / math.sqrt(x.shape[-1])
 
     def init(key, shape, dtype):
         return (2 * uniform(key, shape) - 1).astype(dtype) * bound
 
-    layer = nn.Dense(features, kernel_init=init, bias_init=init, param_dtype=jnp.result_type(float), name=name)
-    return layer(x)
+    param_dtype = jnp.result_type(float)
+    layer = nn.Dense(features, dtype=dtype, kernel_init=init, bias_init=init, param_dtype=param_dtype, name=name)
+    return layer(x).astype(param_dtype)

@@ -1,22 +1,123 @@
 """The optimiser: optax's parts, put together as the config says."""
 
 import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Int
 
 from fashion_jax.config import TrainConfig
 
 
+class AverageState(NamedTuple):
+    """The state of `average_params`.
+
+    Attributes:
+        step: Steps taken.
+        average: The averaged parameters.
+    """
+
+    step: Int[Array, ""]
+    average: Any
+
+
 def build_optimiser(config: TrainConfig) -> optax.GradientTransformation:
-    """Build the optimiser that a config asks for.
+    """Build the optimiser that a config asks for; what is off has no part in it.
 
     >>> state = build_optimiser(TrainConfig()).init({"kernel": jnp.zeros((2, 3))})
     >>> state[0].mu["kernel"].shape
     (2, 3)
     """
-    return optax.chain(scale_by_adam(), optax.scale_by_learning_rate(config.learning_rate))
+    learning_rate = schedule(config)
+    if config.optimiser is None:
+        parts = [scale_by_adam()]
+        if config.weight_decay:
+            parts.append(optax.add_decayed_weights(config.weight_decay, mask=_kernels))
+        parts.append(optax.scale_by_learning_rate(learning_rate))
+    else:
+        parts = [config.optimiser(learning_rate)]
+        if not hasattr(parts[0], "init") or not hasattr(parts[0], "update"):
+            raise TypeError(f"config.optimiser must give an optax.GradientTransformation, got {parts[0]!r}")
+    if config.max_norm is not None:
+        parts.append(limit_norms(config.max_norm))
+    if config.average_decay is not None:
+        parts.append(average_params(config.average_decay))
+    return optax.chain(*parts)
+
+
+def schedule(config: TrainConfig) -> float | optax.Schedule:
+    """Give a config's learning rate: a number, or a function of the number of steps taken.
+
+    >>> rate = schedule(TrainConfig(learning_rate=0.1, warmup_steps=10, decay_steps=30))
+    >>> [round(float(rate(step)), 3) for step in (0, 5, 10, 20, 30, 40)]
+    [0.0, 0.05, 0.1, 0.05, 0.0, 0.0]
+    """
+    if config.decay_steps is not None:
+        return optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, config.warmup_steps, config.decay_steps)
+    if config.warmup_steps:
+        return optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps)
+    return config.learning_rate
+
+
+def limit_norms(max_norm: float) -> optax.GradientTransformation:
+    """Scale back the weights that lead to a unit if, after the update, their Euclidean norm is above a limit.
+
+    It comes last of what changes the update. Biases are left alone.
+
+    Args:
+        max_norm: The limit.
+
+    Source: Srivastava et al., "Dropout: A Simple Way to Prevent Neural Networks from Overfitting", JMLR 15 (2014),
+    section 5.1, "max-norm regularization".
+
+    >>> limit = limit_norms(2.0)
+    >>> params = jnp.array([[3.0, 0.6], [4.0, 0.8]])
+    >>> updates, _ = limit.update(jnp.zeros((2, 2)), limit.init(params), params)
+    >>> bool(jnp.allclose(params + updates, jnp.array([[1.2, 0.6], [1.6, 0.8]])))
+    True
+    """
+
+    def limited(update, param):
+        if param.ndim < 2:
+            return update
+        new = param + update
+        norms = jnp.sqrt(jnp.square(new).sum(axis=tuple(range(new.ndim - 1)), keepdims=True))
+        return new * jnp.minimum(1, max_norm / jnp.maximum(norms, 1e-30)) - param
+
+    return optax.stateless(lambda updates, params: jax.tree.map(limited, updates, params))
+
+
+def average_params(decay: float) -> optax.GradientTransformation:
+    """Keep an exponential moving average of the parameters, and change no update; it comes last.
+
+    Early on, when the average would still be made of the initial weights, a lower decay is used: (1 + t) / (10 + t)
+    after t steps, if that is less.
+
+    Args:
+        decay: Weight of the average in the next average, in [0, 1).
+
+    Source: Polyak and Juditsky, "Acceleration of Stochastic Approximation by Averaging", 1992, in its exponential form;
+    the lower decay at the start is that of TensorFlow's `ExponentialMovingAverage`.
+
+    >>> average = average_params(0.5)
+    >>> state = average.init(jnp.array(0.0))
+    >>> _, state = average.update(jnp.array(1.0), state, jnp.array(0.0))
+    >>> round(float(state.average), 4)
+    0.9
+    """
+
+    def init(params):
+        return AverageState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.asarray, params))
+
+    def update(updates, state, params=None):
+        t = state.step.astype(jnp.result_type(float))
+        weight = 1 - jnp.minimum(decay, (1 + t) / (10 + t))
+        average = jax.tree.map(lambda a, p, u: a + weight * (p + u - a), state.average, params, updates)
+        return updates, AverageState(state.step + 1, average)
+
+    return optax.GradientTransformation(init, update)
 
 
 def scale_by_adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> optax.GradientTransformation:
@@ -51,3 +152,7 @@ def scale_by_adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> opta
         return updates, optax.ScaleByAdamState(count, mu, nu)
 
     return optax.GradientTransformation(optax.scale_by_adam().init, update)
+
+
+def _kernels(params):
+    return jax.tree.map(lambda leaf: leaf.ndim > 1, params)

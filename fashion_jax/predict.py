@@ -5,7 +5,6 @@ Images pass through one compiled program in chunks of one size, so that no numbe
 
 import functools
 import io
-import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,8 +18,7 @@ from scipy.special import entr
 
 from fashion_jax.config import TrainConfig
 from fashion_jax.data import check_key, check_pixels
-from fashion_jax.model import NUM_CLASSES, FashionMLP, check_rate
-from fashion_jax.train import Params
+from fashion_jax.model import Params, build_model, check_params, check_rate
 
 # Images in a chunk. On two cores chunks of 2,000 take 10,000 images in two thirds of the time, and need thirty times as
 # long for one.
@@ -46,15 +44,18 @@ class MCPrediction(NamedTuple):
             that comes from the samples' disagreement, and not from each of them being unsure. At least 0.
     """
 
-    probabilities: Float64[np.ndarray, "n 10"]
-    spread: Float64[np.ndarray, "n 10"]
+    probabilities: Float64[np.ndarray, "n classes"]
+    spread: Float64[np.ndarray, "n classes"]
     entropy: Float64[np.ndarray, " n"]
     mutual_information: Float64[np.ndarray, " n"]
 
 
 def predict(
-    params: Params, images: UInt8[Array | np.ndarray, "n height width"], *, config: TrainConfig = TrainConfig()
-) -> Float[np.ndarray, "n 10"]:
+    params: Params,
+    images: UInt8[Array | np.ndarray, "n height width *channels"],
+    *,
+    config: TrainConfig = TrainConfig(),
+) -> Float[np.ndarray, "n classes"]:
     """Compute the probability of each class, dropout off.
 
     Args:
@@ -74,16 +75,16 @@ def predict(
     >>> predict(params, np.zeros((3, 28, 28), np.uint8)).shape
     (3, 10)
     """
-    images = _check_images(images)
-    check_params(params, config, pixels=int(np.prod(images.shape[1:])))
+    images = _check_images(images, config)
+    check_params(params, config)
     rows = [probabilities(params, chunk, config=config) for chunk, _ in _chunks(images)]
-    rows = [np.zeros((0, NUM_CLASSES), jnp.result_type(float)), *jax.device_get(rows)]
+    rows = [np.zeros((0, config.classes), jnp.result_type(float)), *jax.device_get(rows)]
     return np.concatenate(rows)[: len(images)]
 
 
 def predict_mc(
     params: Params,
-    images: UInt8[Array | np.ndarray, "n height width"],
+    images: UInt8[Array | np.ndarray, "n height width *channels"],
     *,
     key: Key[Array, ""],
     samples: int,
@@ -124,10 +125,10 @@ def predict_mc(
     if samples < 1:
         raise ValueError(f"samples must be at least 1, got {samples}")
     check_rate(dropout_rate)
-    images = _check_images(images)
-    check_params(params, config, pixels=int(np.prod(images.shape[1:])))
+    images = _check_images(images, config)
+    check_params(params, config)
 
-    total, squares = np.zeros((2, len(images), NUM_CLASSES))
+    total, squares = np.zeros((2, len(images), config.classes))
     entropies = np.zeros(len(images))
     for chunk, rows in _chunks(images):
         n = rows.stop - rows.start
@@ -146,8 +147,8 @@ def predict_mc(
 
 @functools.partial(jax.jit, static_argnames="config")
 def probabilities(
-    params: Params, images: UInt8[Array, "n height width"], *, config: TrainConfig
-) -> Float[Array, "n 10"]:
+    params: Params, images: UInt8[Array, "n height width *channels"], *, config: TrainConfig
+) -> Float[Array, "n classes"]:
     """Compute the probability of each class for one chunk: what `predict` runs, and what is exported.
 
     Args:
@@ -161,39 +162,8 @@ def probabilities(
     >>> [f"{total:.4f}" for total in rows.sum(axis=1)]
     ['1.0000', '1.0000']
     """
-    log_probs = FashionMLP(config.hidden).apply({"params": params}, images, deterministic=True)
+    log_probs = build_model(config).apply({"params": params}, images, deterministic=True)
     return jnp.exp(cast(Array, log_probs))
-
-
-def check_params(params: Params, config: TrainConfig, *, pixels: int = SIDE * SIDE) -> None:
-    """Refuse parameters that do not fit a config.
-
-    Args:
-        params: The model's parameters.
-        config: Gives the widths.
-        pixels: Pixels of an image.
-
-    Raises:
-        ValueError: A layer is missing, is one too many, or has another shape.
-
-    >>> check_params({"fc1": {"kernel": np.zeros((784, 10)), "bias": np.zeros(9)}}, TrainConfig(hidden=()))
-    Traceback (most recent call last):
-    ValueError: params do not fit the config: fc1.bias must have shape [10], got [9]
-    """
-    widths = itertools.pairwise((pixels, *config.hidden, NUM_CLASSES))
-    expected = {}
-    for i, (inputs, outputs) in enumerate(widths, start=1):
-        expected |= {f"fc{i}.kernel": [inputs, outputs], f"fc{i}.bias": [outputs]}
-    found = {f"{name}.{part}": list(np.shape(leaf)) for name, layer in params.items() for part, leaf in layer.items()}
-    wrong = [f"{name} is missing" for name in expected if name not in found]
-    wrong += [f"{name} is not part of the network" for name in found if name not in expected]
-    wrong += [
-        f"{name} must have shape {shape}, got {found[name]}"
-        for name, shape in expected.items()
-        if found.get(name, shape) != shape
-    ]
-    if wrong:
-        raise ValueError(f"params do not fit the config: {'; '.join(wrong)}")
 
 
 def read_image(path: str | os.PathLike, *, light_on_dark: bool | None = None) -> UInt8[np.ndarray, "28 28"]:
@@ -247,10 +217,11 @@ def read_image(path: str | os.PathLike, *, light_on_dark: bool | None = None) ->
     return _fit_into_square(_trim(grey, background), background)
 
 
-def _check_images(images):
+def _check_images(images, config):
     check_pixels(images, "images")
-    if images.ndim != 3:
-        raise ValueError(f"images must have shape [n, height, width], got {list(images.shape)}")
+    if images.shape[1:] != config.image_shape:
+        expected = ", ".join(map(str, ("n", *config.image_shape)))
+        raise ValueError(f"images must have shape [{expected}] for this config, got {list(images.shape)}")
     return images
 
 
@@ -260,13 +231,13 @@ def _chunks(images) -> Iterator[tuple[Array | np.ndarray, slice]]:
         rows = slice(start, min(start + CHUNK, len(images)))
         chunk = images[rows]
         if len(chunk) < CHUNK:
-            chunk = np.pad(np.asarray(chunk), [(0, CHUNK - len(chunk)), (0, 0), (0, 0)])
+            chunk = np.pad(np.asarray(chunk), [(0, CHUNK - len(chunk))] + [(0, 0)] * (chunk.ndim - 1))
         yield chunk, rows
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def _sampled_probabilities(params, images, key, first, dropout_rate, *, config) -> Float[Array, "lanes n 10"]:
-    model = FashionMLP(config.hidden, dropout_rate)
+def _sampled_probabilities(params, images, key, first, dropout_rate, *, config) -> Float[Array, "lanes n classes"]:
+    model = build_model(config, dropout_rate)
 
     def sample(number):
         sample_key = jax.random.fold_in(key, number)

@@ -1,7 +1,6 @@
 """What is written down about runs: the machine, the figures of every epoch, and the table that a person reads."""
 
 import csv
-import dataclasses
 import importlib.metadata
 import os
 import platform
@@ -60,7 +59,7 @@ def as_json(arms: Mapping[str, History], *, seeds: list[int], config: TrainConfi
         raise TypeError(f"config must be a TrainConfig, got {config!r}")
     return {
         "environment": environment(),
-        "config": dataclasses.asdict(config),
+        "config": config.as_dict(),
         "seeds": seeds,
         **more,
         "arms": {

@@ -8,7 +8,7 @@ that differences between rates are paired.
 """
 
 import functools
-import itertools
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 from fashion_jax.checkpoint import Checkpoints
 from fashion_jax.config import TrainConfig
 from fashion_jax.data import Batch, subset
-from fashion_jax.model import check_rate
+from fashion_jax.model import check_rate, sizes
 from fashion_jax.train import (
     Lane,
     OnEpoch,
@@ -205,11 +205,12 @@ def _memory(device: Any) -> int:
 
 def _lane_bytes(config: TrainConfig) -> int:
     """Estimate what a lane takes while it trains."""
-    widths = (784, *config.hidden, 10)
-    params = sum((a + 1) * b for a, b in itertools.pairwise(widths))
-    # Parameters, two moments and the best parameters, old and new of each, and a gradient; hidden units forward and
-    # backward.
-    return 4 * (9 * params + 4 * sum(widths) * config.batch_size + 2 * sum(widths[1:]) * config.eval_batch_size)
+    params, outputs = sizes(config)
+    pixels = math.prod(config.image_shape)
+    # Parameters, two moments and the best parameters, old and new of each, and a gradient; what modules give, forward
+    # and backward.
+    copies = 9 if config.average_decay is None else 11
+    return 4 * (copies * params + 2 * (pixels + outputs) * config.batch_size + outputs * config.eval_batch_size)
 
 
 def _too_many(lanes: int, mesh: Mesh, lanes_at_once: int, config: TrainConfig) -> MemoryError:
@@ -279,7 +280,7 @@ def _sweep(
                 epoch,
                 _start(keys, config=config, mesh=mesh),
                 epochs=epochs,
-                steps=-(-len(train.labels) // config.batch_size),
+                steps=config.steps_per_epoch(len(train.labels)),
                 dropout_rates=tuple(dropout_rates),
                 names=np.array([[f"dropout {rate:g}, seed {seed}" for seed in seeds] for rate in dropout_rates]),
                 on_epoch=on_epoch,

@@ -6,7 +6,6 @@ numbers are folded in, so that a run can go on from nothing but its seed and its
 """
 
 import contextlib
-import dataclasses
 import functools
 import logging
 import os
@@ -22,14 +21,14 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, Key
 
+from fashion_jax.augment import augment
 from fashion_jax.checkpoint import Checkpoints, Store, content_digest
 from fashion_jax.config import TrainConfig
 from fashion_jax.data import Batch, check_batch, check_key, subset
-from fashion_jax.model import FashionMLP, check_rate
+from fashion_jax.model import Params, build_model, check_rate, init_params
 from fashion_jax.optimiser import build_optimiser
 from fashion_jax.signals import noting_signals
 
-Params = dict[str, Any]
 logger = logging.getLogger(__name__)
 
 
@@ -63,7 +62,7 @@ class TrainState(NamedTuple):
 
     Attributes:
         params: The model's parameters, {"fc1": {"kernel": [in, out], "bias": [out]}, ...}.
-        opt_state: Adam's moments.
+        opt_state: What the optimiser keeps, such as Adam's moments.
         step: Steps taken.
     """
 
@@ -189,9 +188,7 @@ def init_state(key: Key[Array, ""], *, config: TrainConfig = TrainConfig()) -> T
 
 @functools.partial(jax.jit, static_argnames="config")
 def _init_state(key, config):
-    images = jnp.zeros((1, 28, 28), jnp.uint8)
-    variables = FashionMLP(config.hidden).init(split_key(key).init, images, deterministic=True)
-    params = cast(Params, variables["params"])
+    params = init_params(split_key(key).init, config)
     return TrainState(params, build_optimiser(config).init(params), jnp.zeros((), jnp.int32))
 
 
@@ -219,19 +216,19 @@ def train_step(
     dropout_rate: float | Float[Array, ""],
     weights: Float[Array, " n"] | None = None,
 ) -> tuple[TrainState, Metrics]:
-    """Take one Adam step on the mean negative log likelihood of a batch, dropout on.
+    """Take one step of the optimiser on the mean loss of a batch, dropout on.
 
     Args:
         state: Where training stands.
         batch: n examples.
-        key: This step's key, for the dropout masks.
-        config: Gives the widths and the learning rate; static.
+        key: This step's key, for the dropout masks and the augmentation.
+        config: Static.
         dropout_rate: Share of hidden units to drop; traced, so another rate compiles nothing.
         weights: Weight of each example in the mean; 0 for padding. All 1 if left out.
 
     Returns:
-        The next state, and the batch's loss and accuracy under the old weights and the drawn masks. A label that names
-        no class makes the loss NaN: to look at the labels on the host would cost time at every step.
+        The next state, and the batch's training loss and accuracy under the old weights and the drawn masks. A label
+        that names no class makes the loss NaN: to look at the labels on the host would cost time at every step.
 
     Raises:
         TypeError: An argument has the wrong type or dtype.
@@ -250,21 +247,22 @@ def train_step(
 
 @functools.partial(jax.jit, static_argnames="config")
 def _train_step(state, batch, key, weights, dropout_rate, *, config):
-    _check_data(batch, "batch")
+    _check_data(batch, "batch", config)
     if weights is None:
         weights = jnp.ones(len(batch.labels), jnp.result_type(float))
     if weights.shape != batch.labels.shape:
         raise ValueError(f"weights must have shape {list(batch.labels.shape)}, got {list(weights.shape)}")
-    model = FashionMLP(config.hidden, dropout_rate)
+    model = build_model(config, dropout_rate)
+    images = augment(batch.images, key, config)
 
     def mean_loss(params):
-        log_probs = model.apply({"params": params}, batch.images, deterministic=False, rngs={"dropout": key})
-        totals = _totals(log_probs, batch.labels, weights)
+        log_probs = model.apply({"params": params}, images, deterministic=False, rngs={"dropout": key})
+        totals = _totals(log_probs, batch.labels, weights, _training_loss(config))
         metrics = jax.tree.map(lambda total: total / weights.sum(), totals)
         return metrics.loss, metrics
 
     grads, metrics = jax.grad(mean_loss, has_aux=True)(state.params)
-    updates, opt_state = build_optimiser(config).update(grads, state.opt_state)
+    updates, opt_state = build_optimiser(config).update(grads, state.opt_state, state.params)
     params = cast(Params, optax.apply_updates(state.params, updates))
     return TrainState(params, opt_state, state.step + 1), metrics
 
@@ -287,7 +285,7 @@ def eval_step(params: Params, batch: Batch, *, config: TrainConfig) -> Metrics:
     ((), ())
     """
     _check_config(config)
-    _check_data(batch, "batch")
+    _check_data(batch, "batch", config)
     return _eval_step(params, batch, config=config)
 
 
@@ -318,7 +316,7 @@ def evaluate(params: Params, batch: Batch, *, config: TrainConfig) -> Metrics:
     True
     """
     _check_config(config)
-    _check_data(batch, "batch")
+    _check_data(batch, "batch", config)
     return _evaluate(params, batch, config=config)
 
 
@@ -370,9 +368,9 @@ def train_epoch(
 
 @functools.partial(jax.jit, static_argnames="config")
 def _train_epoch(state, train, key, dropout_rate, *, config):
-    _check_data(train, "train")
+    _check_data(train, "train", config)
     n = len(train.labels)
-    steps = -(-n // config.batch_size)
+    steps = config.steps_per_epoch(n)
     keys = split_key(key)
     epoch = state.step // steps
     # jax.random.permutation sorts twice, to break ties that so few draws of 32 bits hardly have.
@@ -432,15 +430,31 @@ def train_and_evaluate_epoch(
 @functools.partial(jax.jit, static_argnames="config")
 def _train_and_evaluate_epoch(lane, train, train_eval, validation, key, dropout_rate, *, config):
     state, losses = train_epoch(lane.state, train, key, config=config, dropout_rate=dropout_rate)
-    on_train, on_validation = (evaluate(state.params, batch, config=config) for batch in (train_eval, validation))
+    params = evaluated_params(state, config=config)
+    on_train, on_validation = (evaluate(params, batch, config=config) for batch in (train_eval, validation))
     history = History(losses.mean(), on_train, on_validation)
 
     finite = jnp.isfinite(losses.mean() + on_train.loss + on_validation.loss)
     state = _where(finite, state, lane.state)
     history = jax.tree.map(lambda leaf: jnp.where(finite, leaf, jnp.nan), history)
-    best = _where(finite & (on_validation.loss < lane.best.loss), Best(state.params, on_validation.loss), lane.best)
+    best = _where(finite & (on_validation.loss < lane.best.loss), Best(params, on_validation.loss), lane.best)
     good_steps = jnp.cumprod(jnp.isfinite(losses)).sum()
     return Lane(state, best), Outcome(history, good_steps)
+
+
+def evaluated_params(state: TrainState, *, config: TrainConfig) -> Params:
+    """Give the parameters that are evaluated: the moving average if the config asks for one, else the state's own.
+
+    Args:
+        state: Where training stands.
+        config: `average_decay`.
+
+    >>> config = TrainConfig(average_decay=0.99)
+    >>> state = init_state(jax.random.key(0), config=config)
+    >>> evaluated_params(state, config=config)["fc1"]["kernel"].shape
+    (784, 256)
+    """
+    return state.params if config.average_decay is None else cast(tuple, state.opt_state)[-1].average
 
 
 def start_lane(state: TrainState) -> Lane:
@@ -504,7 +518,7 @@ def fit(
     check_rate(dropout_rate)
     check_run(train, validation, config=config, epochs=epochs, on_epoch=on_epoch)
     train_eval = train_eval_part(train, config)
-    steps = -(-len(train.labels) // config.batch_size)
+    steps = config.steps_per_epoch(len(train.labels))
     if start is not None:
         _check_start(start, config, steps)
     identity = {
@@ -562,7 +576,7 @@ def open_store(
     if not isinstance(checkpoint, Checkpoints):
         checkpoint = Checkpoints(checkpoint)
     identity = identity | {
-        "config": dataclasses.asdict(config),
+        "config": config.as_dict(),
         "data": {"train": content_digest(train), "validation": content_digest(validation)},
     }
     device = jax.devices()[0]
@@ -590,8 +604,8 @@ def check_run(train: Batch, validation: Batch, *, config: TrainConfig, epochs: i
     _check_epochs(epochs)
     if on_epoch is not None and not callable(on_epoch):
         raise TypeError(f"on_epoch must be callable, got {on_epoch!r}")
-    _check_data(train, "train")
-    _check_data(validation, "validation")
+    _check_data(train, "train", config)
+    _check_data(validation, "validation", config)
 
 
 def run_epochs(
@@ -714,7 +728,7 @@ def train_eval_part(train: Batch, config: TrainConfig) -> Batch:
     >>> len(train_eval_part(train, TrainConfig(train_eval_size=30)).labels)
     30
     """
-    check_batch(train, "train")
+    check_batch(train, "train", classes=config.classes)
     size = config.train_eval_size
     if size is None or size >= len(train.labels):
         return train
@@ -732,14 +746,31 @@ def _where(condition, yes, no):
     return jax.tree.map(lambda yes, no: jnp.where(condition, yes, no), yes, no)
 
 
-def _totals(log_probs, labels, weights) -> Metrics:
-    loss = negative_log_likelihood(log_probs, labels)
+def _training_loss(config):
+    if config.loss is not None:
+        return config.loss
+    if not config.label_smoothing:
+        return negative_log_likelihood
+
+    def smoothed(log_probs, labels):
+        spread = -log_probs.mean(axis=1)
+        return (1 - config.label_smoothing) * negative_log_likelihood(
+            log_probs, labels
+        ) + config.label_smoothing * spread
+
+    return smoothed
+
+
+def _totals(log_probs, labels, weights, loss_of=negative_log_likelihood) -> Metrics:
+    loss = loss_of(log_probs, labels)
+    if loss.shape != labels.shape:
+        raise ValueError(f"config.loss must give one number an example, [{len(labels)}], got {list(loss.shape)}")
     correct = log_probs.argmax(axis=1) == labels
     return Metrics((weights * loss).sum(), (weights * correct).sum())
 
 
 def _eval_totals(params, batch, weights, config) -> Metrics:
-    log_probs = FashionMLP(config.hidden).apply({"params": params}, batch.images, deterministic=True)
+    log_probs = build_model(config).apply({"params": params}, batch.images, deterministic=True)
     return _totals(log_probs, batch.labels, weights)
 
 
@@ -754,10 +785,11 @@ def _pad_and_split(tree, n: int, size: int):
     return jax.tree.map(split, tree), split(jnp.ones(n, jnp.result_type(float)))
 
 
-def _check_data(batch: Batch, name: str) -> None:
-    check_batch(batch, name)
-    if batch.images.shape[1:] != (28, 28):
-        raise ValueError(f"{name}.images must have shape [n, 28, 28], got {list(batch.images.shape)}")
+def _check_data(batch: Batch, name: str, config: TrainConfig) -> None:
+    check_batch(batch, name, classes=config.classes)
+    if batch.images.shape[1:] != config.image_shape:
+        expected = ", ".join(map(str, ("n", *config.image_shape)))
+        raise ValueError(f"{name}.images must have shape [{expected}] for this config, got {list(batch.images.shape)}")
 
 
 def _check_config(config) -> None:
