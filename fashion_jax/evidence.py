@@ -323,6 +323,30 @@ def judge(plain: History, dropout: History) -> list[Verdict]:
     ]
 
 
+def compare(
+    claim: str, first: Float[np.ndarray, " seeds"], second: Float[np.ndarray, " seeds"], *, quantity: str
+) -> Verdict:
+    """Check the claim that one arm has the higher numbers of two.
+
+    It is supported when the whole 95% interval of the paired differences is above 0, refuted when it is below, and
+    undecided otherwise. One seed decides nothing.
+
+    Args:
+        claim: What is claimed.
+        first: One number a seed, in the arm that is said to have the higher ones.
+        second: The same seeds in the other arm.
+        quantity: What the numbers are.
+
+    Raises:
+        ValueError: The arms differ in their number of seeds.
+
+    >>> compare("it helps", np.array([0.9, 0.91]), np.array([0.8, 0.812]), quantity="accuracy").answer
+    'supported'
+    """
+    difference = paired(first, second)
+    return _verdict(claim, _above(difference, 0.0), quantity, difference)
+
+
 def _numbers(values, name: str) -> np.ndarray:
     try:
         return np.asarray(values, np.float64)

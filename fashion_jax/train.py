@@ -598,7 +598,7 @@ def check_run(train: Batch, validation: Batch, *, config: TrainConfig, epochs: i
     >>> data = Batch(np.zeros((1, 14, 14), np.uint8), np.zeros(1, np.int32))
     >>> check_run(data, data, config=TrainConfig(), epochs=1, on_epoch=None)
     Traceback (most recent call last):
-    ValueError: train.images must have shape [n, 28, 28], got [1, 14, 14]
+    ValueError: train.images must have shape [n, 28, 28] for this config, got [1, 14, 14]
     """
     _check_config(config)
     _check_epochs(epochs)

@@ -203,7 +203,7 @@ def test_safetensors_gives_back_the_same_bytes(tmp_path, params):
     model = TutorialMLP(0.2)
     model.load_state_dict(safetensors.torch.load_file(path))
     assert torch.equal(model.fc4.bias, interop.to_torch(params)["fc4.bias"])
-    with pytest.raises(ValueError, match=r"params do not fit the config: fc1\.kernel must have shape \[784, 32\]"):
+    with pytest.raises(ValueError, match=r"params do not fit the config: .*fc1\.kernel must have shape \[784, 32\]"):
         interop.save_safetensors(path, params, config=TrainConfig(hidden=(32, 128, 64)))
     assert_same(interop.load_safetensors(path).params, params)
 

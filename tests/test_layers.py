@@ -27,6 +27,7 @@ ALLOWED = {
     "predict": {"config", "data", "model"},
     "report": {"config", "evidence", "train"},
     "script": set(),
+    "search": {"checkpoint", "config", "data", "sweep", "train"},
     "signals": set(),
     "sweep": {"checkpoint", "config", "data", "model", "train"},
     "threefry": set(),

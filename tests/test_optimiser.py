@@ -3,9 +3,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import torch
 
 from fashion_jax import TrainConfig
-from fashion_jax.optimiser import build_optimiser
+from fashion_jax.optimiser import AverageState, build_optimiser, schedule
 
 
 def adam_in_float64(gradients, learning_rate, b1=0.9, b2=0.999, eps=1e-8):
@@ -59,3 +60,76 @@ def test_the_first_step_is_closer_to_the_paper_than_optax_adam(gradients):
 def test_adam_keeps_the_state_of_optax():
     state = build_optimiser(TrainConfig()).init({"bias": jnp.zeros(3)})
     assert isinstance(state[0], optax.ScaleByAdamState)
+
+
+def test_decoupled_weight_decay_is_torchs_adamw():
+    config = TrainConfig(learning_rate=0.01, weight_decay=0.3)
+    transformation = build_optimiser(config)
+    rng = np.random.default_rng(0)
+    params = {"kernel": jnp.array(rng.standard_normal((4, 3)), jnp.float32), "bias": jnp.ones(3)}
+    theirs = {name: torch.nn.Parameter(torch.tensor(np.array(leaf))) for name, leaf in params.items()}
+    decays = {"kernel": 0.3, "bias": 0.0}
+    groups = [{"params": [tensor], "weight_decay": decays[name]} for name, tensor in theirs.items()]
+    adamw = torch.optim.AdamW(groups, lr=0.01)
+    state = transformation.init(params)
+    for _ in range(50):
+        gradient = {name: rng.standard_normal(leaf.shape).astype(np.float32) for name, leaf in params.items()}
+        updates, state = transformation.update(gradient, state, params)
+        params = optax.apply_updates(params, updates)
+        for name, tensor in theirs.items():
+            tensor.grad = torch.tensor(gradient[name])
+        adamw.step()
+    for name, leaf in params.items():
+        np.testing.assert_allclose(leaf, theirs[name].detach().numpy(), rtol=2e-5, atol=1e-6)
+
+
+def test_the_schedule_warms_up_and_falls_along_a_cosine():
+    config = TrainConfig(learning_rate=0.5, warmup_steps=100, decay_steps=1_000)
+    steps = np.arange(1_200)
+    expected = np.where(steps < 100, steps / 100, (1 + np.cos(np.pi * (steps - 100) / 900)) / 2) * 0.5
+    expected[1_000:] = 0
+    rate = schedule(config)
+    assert callable(rate)
+    np.testing.assert_allclose(jax.vmap(rate)(steps), expected, atol=1e-6)
+    only_warm = schedule(TrainConfig(learning_rate=0.5, warmup_steps=100))
+    assert callable(only_warm)
+    np.testing.assert_allclose(jax.vmap(only_warm)(steps), np.minimum(steps / 100, 1) * 0.5, atol=1e-6)
+
+
+@pytest.mark.parametrize("optimiser", [None, optax.sgd])
+def test_no_norm_is_above_its_limit_after_a_step(optimiser):
+    transformation = build_optimiser(TrainConfig(learning_rate=1.0, max_norm=3.0, optimiser=optimiser))
+    rng = np.random.default_rng(0)
+    params = {"kernel": jnp.array(rng.standard_normal((5, 40)), jnp.float32), "bias": 9 * jnp.ones(40)}
+    gradient = {"kernel": jnp.array(rng.standard_normal((5, 40)), jnp.float32), "bias": jnp.zeros(40)}
+    updates, _ = transformation.update(gradient, transformation.init(params), params)
+    after = optax.apply_updates(params, updates)
+    free, _ = (plain := build_optimiser(TrainConfig(learning_rate=1.0, optimiser=optimiser))).update(
+        gradient, plain.init(params), params
+    )
+    unlimited = np.asarray(params["kernel"] + free["kernel"], np.float64)
+    norms = np.linalg.norm(unlimited, axis=0)
+    assert (norms > 3).any()
+    assert (norms < 3).any()
+    np.testing.assert_allclose(after["kernel"], unlimited * np.minimum(1, 3 / norms), atol=1e-5)
+    np.testing.assert_array_equal(after["bias"], params["bias"])
+
+
+def test_the_average_is_that_of_the_steps_recursion():
+    transformation = build_optimiser(TrainConfig(learning_rate=0.1, average_decay=0.9, optimiser=optax.sgd))
+    position, expected, average = jnp.array(1.0), 1.0, 1.0
+    state = transformation.init(position)
+    for t in range(200):
+        updates, state = transformation.update(jnp.array(0.5), state, position)
+        position = optax.apply_updates(position, updates)
+        expected -= 0.05
+        decay = min(0.9, (1 + t) / (10 + t))
+        average = decay * average + (1 - decay) * expected
+    assert isinstance(state[-1], AverageState)
+    assert float(state[-1].average) == pytest.approx(average, abs=1e-4)
+
+
+def test_what_is_no_optimiser_is_refused():
+    config = TrainConfig(optimiser=lambda learning_rate: learning_rate)
+    with pytest.raises(TypeError, match=r"config\.optimiser must give an optax\.GradientTransformation, got 0\.003"):
+        build_optimiser(config)

@@ -142,8 +142,8 @@ def test_at_rate_0_all_samples_are_the_plain_prediction(params, splits, samples)
     [
         ({"images": np.zeros((2, 28, 28), np.float32)}, TypeError, "must be uint8 pixels from 0 to 255, got float32"),
         ({"images": [[0]]}, TypeError, "must be uint8 pixels from 0 to 255, got list"),
-        ({"images": np.zeros((28, 28), np.uint8)}, ValueError, r"\[n, height, width\], got \[28, 28\]"),
-        ({"images": np.zeros((2, 14, 28), np.uint8)}, ValueError, r"fc1.kernel must have shape \[392, 256\]"),
+        ({"images": np.zeros((28, 28), np.uint8)}, ValueError, r"\[n, 28, 28\] for this config, got \[28, 28\]"),
+        ({"images": np.zeros((2, 14, 28), np.uint8)}, ValueError, r"\[n, 28, 28\] for this config, got \[2, 14, 28\]"),
         ({"config": TrainConfig(hidden=(256, 64))}, ValueError, "fc4.kernel is not part of the network"),
         ({"config": TrainConfig(hidden=(256, 128, 64, 32))}, ValueError, "fc5.kernel is missing"),
         ({"key": jax.random.PRNGKey(0)}, TypeError, "key must be one typed key"),
