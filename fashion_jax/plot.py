@@ -13,9 +13,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from fashion_jax.calibration import Reliability
+from fashion_jax.calibration import Reliability, Scores
 from fashion_jax.data import check_pixels
-from fashion_jax.evidence import Summary, check_history
+from fashion_jax.evidence import Summary, check_history, interval
 from fashion_jax.train import History
 
 # A bin of a handful of examples tells nothing but its noise.
@@ -358,6 +358,48 @@ def confusion(arms: Mapping[str, Int[np.ndarray, "classes classes"]], *, class_n
         axes.set_title(title)
         axes.set_xlabel("predicted class")
     panels[0].set_ylabel("label (percent of its examples)")
+    return figure
+
+
+def rivals(situations: Mapping[str, Mapping[str, Scores]], *, measures: Mapping[str, str]) -> Figure:
+    """Draw what rivals reach: one row of panels a situation, one panel a measure, one line a rival.
+
+    Dots are means over seeds, bars their 95% intervals, and the rings single seeds. The dashed line is the first rival.
+
+    Args:
+        situations: Title of each row; in it, name and scores of each rival, leaves [seeds].
+        measures: Field of `Scores` and label of each column.
+
+    Raises:
+        ValueError: There is no situation or no rival.
+
+    >>> scores = Scores(*np.full((4, 3), 0.5), *np.zeros((2, 3, 10)), np.zeros((3, 10, 10), int))
+    >>> figure = rivals({"60,000 images": {"nothing": scores, "dropout": scores}}, measures={"accuracy": "accuracy"})
+    >>> [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    ['nothing', 'dropout']
+    """
+    if not situations or not all(situations.values()):
+        raise ValueError("situations must hold at least one rival each, got none")
+    names = list(next(iter(situations.values())))
+    height = 0.7 + 0.28 * len(names)
+    figure = Figure(figsize=(11, height * len(situations) + 0.3), layout="constrained")
+    grid = figure.subplots(len(situations), len(measures), sharey=True, squeeze=False)
+    for row, (title, of_rivals) in zip(grid, situations.items(), strict=True):
+        for axes, (field, label) in zip(row, measures.items(), strict=True):
+            for i, (name, scores) in enumerate(of_rivals.items()):
+                values = np.asarray(getattr(scores, field), np.float64)
+                measured = interval(values)
+                colour = "#c4482e" if "dropout" in name else "#123a6d"
+                axes.plot(values, np.full(len(values), i), "o", color=colour, markersize=4, fillstyle="none", alpha=0.5)
+                axes.plot([measured.low, measured.high], [i, i], color=colour, linewidth=2)
+                axes.plot(measured.mean, i, "s" if "dropout" in name else "o", color=colour, markersize=6)
+                if i == 0:
+                    axes.axvline(measured.mean, color="grey", linestyle="--", linewidth=1)
+            axes.set_xlabel(label)
+            axes.grid(axis="x", alpha=0.3)
+            axes.set_yticks(range(len(names)), labels=names)
+        row[0].set_title(title, loc="left", fontsize=10)
+        row[0].invert_yaxis() if row is grid[0] else None
     return figure
 
 

@@ -1,0 +1,144 @@
+import json
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from fashion_jax import TrainConfig, calibration, evidence, fit, plot
+from fashion_jax.interop import load_safetensors
+from fashion_jax.predict import predict
+from fashion_jax.search import Setting, train_settings
+
+SMALL, WIDE = TrainConfig(hidden=(16,)), TrainConfig(hidden=(32,), weight_decay=0.1)
+SETTINGS = {
+    "none": Setting(SMALL, 0.0, 2),
+    "wide": Setting(WIDE, 0.2, 3),
+    "half": Setting(SMALL, 0.5, 2),
+    "longer": Setting(SMALL, 0.0, 3),
+}
+
+
+def run_example(name, *flags):
+    command = [sys.executable, f"examples/{name}", *map(str, flags)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_each_setting_is_what_fit_trains_with_it(small):
+    ends = []
+    runs = train_settings(small, small, settings=SETTINGS, seeds=[3, 7], on_epoch=ends.append)
+    assert list(runs) == list(SETTINGS)
+    # Two rates of one config share their epochs.
+    assert len(ends) == 2 + 3 + 3
+    for name, setting in SETTINGS.items():
+        for lane, seed in enumerate((3, 7)):
+            alone = fit(
+                small,
+                small,
+                key=jax.random.key(seed),
+                config=setting.config,
+                dropout_rate=setting.dropout_rate,
+                epochs=setting.epochs,
+            )
+            found = jax.tree.map(lambda leaf, at=lane: leaf[at], runs[name].history)
+            for leaf, expected in zip(jax.tree.leaves(found), jax.tree.leaves(alone.history), strict=True):
+                np.testing.assert_allclose(leaf, expected, atol=1e-3)
+
+
+def test_a_search_goes_on_from_where_it_stopped(small, tmp_path):
+    arguments = {"settings": SETTINGS, "seeds": [0, 1]}
+    whole = train_settings(small, small, **arguments)
+
+    def interrupt(end):
+        if (len(end.dropout_rates), end.epoch) == (1, 2):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_settings(small, small, **arguments, on_epoch=interrupt, checkpoint=tmp_path)
+    ends = []
+    resumed = train_settings(small, small, **arguments, on_epoch=ends.append, checkpoint=tmp_path)
+    assert len(ends) == 1 + 3
+    for leaf, expected in zip(jax.tree.leaves(resumed), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_array_equal(leaf, expected)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({}, ValueError, "settings must hold at least one Setting, got none"),
+        ({"a": SMALL}, TypeError, r"settings\['a'\] must be a Setting, got TrainConfig"),
+        ({"a": Setting(SMALL, 1.0)}, ValueError, r"dropout_rates must lie in \[0, 1\), got 1\.0"),
+        ({"a": Setting(SMALL, 0.0, 0)}, ValueError, "epochs must be at least 1, got 0"),
+    ],
+)
+def test_bad_settings_are_refused(small, settings, error, message, unchecked):
+    with pytest.raises(error, match=message):
+        train_settings(small, small, settings=settings, seeds=[0])
+
+
+def test_comparisons_are_paired_by_seed():
+    rng = np.random.default_rng(0)
+    seeds = rng.standard_normal(20)
+    verdicts = [
+        evidence.compare("first is higher", seeds + by + 0.01 * rng.standard_normal(20), seeds, quantity="x")
+        for by in (0.1, -0.1, 0.0)
+    ]
+    assert [verdict.answer for verdict in verdicts] == ["supported", "refuted", "undecided"]
+    assert evidence.compare("one seed", np.array([1.0]), np.array([0.0]), quantity="x").answer == "undecided"
+
+
+def test_the_rivals_figure_shows_each_seed_and_interval():
+    probabilities = np.full((2, 4), 0.25)
+    one = calibration.score(probabilities, np.array([0, 1]))
+    scores = jax.tree.map(lambda leaf: np.stack([leaf, leaf + 1, leaf + 2]), one)
+    situations = {"few": {"nothing": scores, "dropout": scores}, "many": {"nothing": scores, "dropout": scores}}
+    figure = plot.rivals(situations, measures={"accuracy": "accuracy", "loss": "NLL"})
+    assert len(figure.axes) == 4
+    points, bar, mean, *_ = figure.axes[1].lines
+    np.testing.assert_array_equal(points.get_xdata(), scores.loss)
+    expected = evidence.interval(scores.loss)
+    assert list(bar.get_xdata()) == [expected.low, expected.high]
+    assert list(mean.get_xdata()) == [expected.mean]
+    with pytest.raises(ValueError, match="at least one rival each"):
+        plot.rivals({"few": {}}, measures={})
+
+
+def test_the_rivals_example_chooses_on_a_hold_out_and_tests_once(tmp_path):
+    flags = ("--sizes", 500, "--epochs", 2, "--width", 8, "--seeds", 2, "--output", tmp_path)
+    result = run_example("when_dropout_helps.py", *flags, "--rivals", "nothing", "dropout")
+    assert result.returncode == 0, result.stderr
+    assert "2 seeds are few" in result.stdout
+    assert "Of 8 intervals of 95%, 0.4 are expected to miss the truth." in result.stdout
+    results = json.loads((tmp_path / "report.json").read_text())
+    assert list(results["test"]) == ["500 images", "500 images, augmented"]
+    for title, tried in results["tried"].items():
+        assert {len(of) for of in tried.values()} == {3}
+        for rival, of in tried.items():
+            assert of[results["chosen"][title][rival]] == max(of.values())
+    assert all(len(of["accuracy"]) == 2 for rivals in results["test"].values() for of in rivals.values())
+    assert (tmp_path / "rivals.png").read_bytes().startswith(b"\x89PNG")
+    refused = run_example("when_dropout_helps.py", "--sizes", 500, 600, "--output", tmp_path)
+    assert refused.returncode == 1
+    assert "error: --sizes and --epochs must name one number each" in refused.stderr
+
+
+def test_the_best_perceptron_is_chosen_on_a_hold_out_and_can_be_read_back(tmp_path):
+    recipes = [f"dropout {rate}; mirrored, moved, decay 0.1" for rate in (0, 0.1)]
+    flags = ("--epochs", 2, "--seeds", 1, "--train-size", 600, "--output", tmp_path)
+    result = run_example("best_perceptron.py", *flags, "--recipes", *recipes)
+    assert result.returncode == 0, result.stderr
+    results = json.loads((tmp_path / "report.json").read_text())
+    assert list(results["tried"]) == recipes
+    accuracies = {name: of["accuracy"][-1] for name, of in results["tried"].items()}
+    assert accuracies[results["chosen"]] == max(accuracies.values())
+    network = load_safetensors(tmp_path / "network-0.safetensors")
+    assert network.config.as_dict() == results["config"]
+    from fashion_jax import load
+
+    test = load().test
+    right = predict(network.params, test.images, config=network.config).argmax(axis=1) == test.labels
+    assert right.mean() == pytest.approx(results["test"]["accuracy"][0], abs=1e-9)
+    refused = run_example("best_perceptron.py", "--recipes", "none", "--output", tmp_path)
+    assert refused.returncode == 1
+    assert "error: --recipes must be some of" in refused.stderr
