@@ -35,7 +35,8 @@ def built(tmp_path_factory) -> Path:
 
 
 def test_examples_run(tmp_path):
-    pages = {page.name: page.read_text() for page in PAGES if ">>>" in page.read_text()}
+    texts = {"-".join(page.relative_to(DOCS).parts): page.read_text() for page in PAGES}
+    pages = {name: text for name, text in texts.items() if ">>>" in text}
     for name, text in pages.items():
         # doctest would take the end of a fence for a part of what is printed.
         (tmp_path / name).write_text(FENCE.sub("", text))
