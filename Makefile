@@ -10,8 +10,9 @@ TEST := $(VENV)/test-$(VERSION)
 LINT := $(VENV)/lint-$(VERSION)
 
 BENCH := $(VENV)/bench-$(VERSION)
+DOCS := $(VENV)/docs-$(VERSION)
 
-.PHONY: compare test bench check format lint types data constraints clean
+.PHONY: compare test bench docs check format lint types data constraints clean
 
 compare: $(INSTALLED) data
 	$(BIN)/python examples/compare_overfit.py $(ARGS)
@@ -24,6 +25,10 @@ test: $(TEST) data
 
 bench: $(BENCH) data
 	for name in throughput lanes roofline startup rounding predict; do $(BIN)/python -m benchmarks.$$name || exit 1; done
+
+docs: $(DOCS)
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet docs build/docs
+	@echo build/docs/index.html
 
 check: format lint types test
 
@@ -51,12 +56,17 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PIP) install --constraint constraints.txt --editable .
 	touch $@
 
+# The tests build the documentation too.
 $(TEST): $(INSTALLED)
-	$(PIP) install --constraint constraints.txt --group test
+	$(PIP) install --constraint constraints.txt --group test --group docs
 	touch $@
 
 $(BENCH): $(INSTALLED)
 	$(PIP) install --constraint constraints.txt --group bench
+	touch $@
+
+$(DOCS): $(INSTALLED)
+	$(PIP) install --constraint constraints.txt --group docs
 	touch $@
 
 $(LINT): $(INSTALLED)

@@ -2,7 +2,7 @@
 
 orbax stores them, in the background, and removes old ones. It restores flipped bits without a word, though, so each
 checkpoint has a seal: a file with the SHA-256 of the arrays and of every other file, written last. What has no seal was
-never finished, and what does not match its seal is damaged; neither is used.
+never finished, and what does not match its seal is damaged; neither is used. A directory holds::
 
     DIR/fashion_jax.lock      held by the run that writes here
     DIR/12/                   the checkpoint of step 12: orbax's files

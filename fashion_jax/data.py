@@ -86,13 +86,14 @@ def load(data_dir: str | os.PathLike | None = None, *, source: str = "auto") -> 
     """Load Fashion-MNIST from the fastest source that is there.
 
     Sources, fastest first:
-        idx: The four IDX files, gzipped or not, in `data_dir` (or its FashionMNIST/raw, where torchvision puts them),
-            in the user's cache, or where Debian's package dataset-fashion-mnist puts them.
-        tfds: A data set that TFDS has prepared as array_record, in `data_dir`, in $TFDS_DATA_DIR or in
-            ~/tensorflow_datasets. Its arrays are put into the user's cache, as uncompressed IDX files.
-        download: The four files are fetched and prepared as a TFDS data set first; TensorFlow is not needed. Of
-            several processes one does it, the others wait for it.
-        auto: The first of these that is there; one log line says which.
+
+    - idx: The four IDX files, gzipped or not, in `data_dir` (or its FashionMNIST/raw, where torchvision puts them), in
+      the user's cache, or where Debian's package dataset-fashion-mnist puts them.
+    - tfds: A data set that TFDS has prepared as array_record, in `data_dir`, in $TFDS_DATA_DIR or in
+      ~/tensorflow_datasets. Its arrays are put into the user's cache, as uncompressed IDX files.
+    - download: The four files are fetched and prepared as a TFDS data set first; TensorFlow is not needed. Of several
+      processes one does it, the others wait for it.
+    - auto: The first of these that is there; one log line says which.
 
     Args:
         data_dir: Directory to look in first; by default the one that $FASHION_JAX_DATA names, if any.
@@ -143,7 +144,7 @@ def hold_out(batch: Batch, fraction: float, *, key: Key[Array, ""]) -> tuple[Bat
         key: Decides which.
 
     Returns:
-        The rest, and the part held out: round(fraction * n) examples. Both keep the order of `batch`.
+        The rest, and the part held out, of round(fraction * n) examples. Both keep the order of `batch`.
 
     Raises:
         TypeError: `fraction` is not a number, or `key` not one typed key.

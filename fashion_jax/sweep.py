@@ -113,7 +113,7 @@ def sweep(
         checkpoint: A directory to save to and to go on from, as `fit` takes it; with `train_sizes` each size has a
             directory of its own inside. On another number of devices the sweep goes on within rounding, not bit by bit.
             Several processes must share the directory.
-        devices: The `jax.Device`s to train on; all devices of all processes by default.
+        devices: What to train on, of `jax.devices()`; all devices of all processes by default.
         lanes_at_once: Lanes that one device trains at the same time; by default 1 on a CPU and as many as
             fit on others.
 
