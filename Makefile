@@ -11,7 +11,7 @@ LINT := $(VENV)/lint-$(VERSION)
 
 BENCH := $(VENV)/bench-$(VERSION)
 
-.PHONY: compare test bench check format lint types data constraints clean
+.PHONY: compare test bench check format lint types data notebook constraints clean
 
 compare: $(INSTALLED) data
 	$(BIN)/python examples/compare_overfit.py $(ARGS)
@@ -24,6 +24,10 @@ test: $(TEST) data
 
 bench: $(BENCH) data
 	for name in throughput lanes roofline startup rounding predict; do $(BIN)/python -m benchmarks.$$name || exit 1; done
+
+# Runs the tutorial's script, and stores what each cell shows; three minutes on two quiet cores.
+notebook: $(TEST) data
+	$(BIN)/python scripts/make_notebook.py
 
 check: format lint types test
 
