@@ -25,7 +25,7 @@ test: $(TEST) data
 bench: $(BENCH) data
 	for name in throughput lanes roofline startup rounding predict; do $(BIN)/python -m benchmarks.$$name || exit 1; done
 
-# Runs the tutorial's script, and stores what each cell shows; three minutes on two quiet cores.
+# Runs the tutorial's script, which takes a few minutes, and stores what each cell shows.
 notebook: $(TEST) data
 	$(BIN)/python scripts/make_notebook.py
 
