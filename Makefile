@@ -12,7 +12,7 @@ LINT := $(VENV)/lint-$(VERSION)
 BENCH := $(VENV)/bench-$(VERSION)
 DOCS := $(VENV)/docs-$(VERSION)
 
-.PHONY: compare test bench docs check format lint types data constraints clean
+.PHONY: compare test bench docs check format lint types data notebook constraints clean
 
 compare: $(INSTALLED) data
 	$(BIN)/python examples/compare_overfit.py $(ARGS)
@@ -29,6 +29,10 @@ bench: $(BENCH) data
 docs: $(DOCS)
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet docs build/docs
 	@echo build/docs/index.html
+
+# Runs the tutorial's script, which takes a few minutes, and stores what each cell shows.
+notebook: $(TEST) data
+	$(BIN)/python scripts/make_notebook.py
 
 check: format lint types test
 
