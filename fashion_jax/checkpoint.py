@@ -108,7 +108,8 @@ def restore(directory: str | os.PathLike, like: Any, *, identity: Mapping[str, A
     >>> restore(tempfile.mkdtemp(), like={}) is None
     True
     """
-    directory = Path(directory)
+    # orbax refuses relative paths.
+    directory = Path(directory).absolute()
     _refuse_other_directories(directory)
     damaged = []
     for step in sorted(_steps(directory), reverse=True):

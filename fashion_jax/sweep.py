@@ -49,7 +49,7 @@ def use_all_cores() -> None:
     It does nothing on a machine with an accelerator.
 
     Raises:
-        RuntimeError: JAX has started its devices already.
+        RuntimeError: JAX has started its devices already, and there are not as many.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
     jax.config.update("jax_num_cpu_devices", cores)

@@ -332,6 +332,14 @@ def test_sound_files_with_other_arrays_are_noticed(tmp_path):
         assert restore(tmp_path, TREE).step == 1
 
 
+def test_a_relative_path_is_read(tmp_path, monkeypatch):
+    save(tmp_path / "here", 1)
+    monkeypatch.chdir(tmp_path)
+    found = restore("here", TREE)
+    assert found is not None
+    assert found.tree["step"] == 1
+
+
 def test_when_all_are_damaged_nothing_is_made_up(tmp_path):
     save(tmp_path, 1, 2)
     for step in (1, 2):
