@@ -6,9 +6,9 @@ Which setting is best is then a question to the Histories, asked of examples hel
 import hashlib
 import json
 import os
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -18,8 +18,6 @@ from fashion_jax.config import TrainConfig
 from fashion_jax.data import Batch
 from fashion_jax.sweep import sweep
 from fashion_jax.train import OnEpoch, Run
-
-Name = TypeVar("Name", bound=Hashable)
 
 
 class Setting(NamedTuple):
@@ -40,11 +38,11 @@ def train_settings(
     train: Batch,
     validation: Batch,
     *,
-    settings: Mapping[Name, Setting],
+    settings: Mapping[Any, Setting],
     seeds: Sequence[int],
     on_epoch: OnEpoch | None = None,
     checkpoint: Checkpoints | str | os.PathLike | None = None,
-) -> dict[Name, Run]:
+) -> dict[Any, Run]:
     """Train every setting with every seed; those that differ in their dropout rate alone are lanes of one program.
 
     Args:
@@ -75,7 +73,7 @@ def train_settings(
     for name, setting in settings.items():
         if not isinstance(setting, Setting):
             raise TypeError(f"settings[{name!r}] must be a Setting, got {setting!r}")
-    runs: dict[Name, Run] = {}
+    runs: dict[Any, Run] = {}
     for (config, epochs), rates in programs(settings).items():
         run = sweep(
             train,
@@ -96,7 +94,7 @@ def train_settings(
     return {name: runs[name] for name in settings}
 
 
-def programs(settings: Mapping[Name, Setting]) -> dict[tuple[TrainConfig, int], list[float]]:
+def programs(settings: Mapping[Any, Setting]) -> dict[tuple[TrainConfig, int], list[float]]:
     """Tell which programs the settings need: config and epochs of each, and its dropout rates.
 
     Args:
