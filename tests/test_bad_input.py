@@ -15,6 +15,7 @@ import pytest
 from benchmarks import (
     compare,
     distribution,
+    dtype,
     fuzz,
     harness,
     kill_resume,
@@ -546,7 +547,7 @@ def test_image_sheet_refuses_bad_arguments(images, columns, error, message):
 
 @pytest.mark.parametrize(
     "benchmark",
-    [distribution, fuzz, kill_resume, lanes, parity, predict, roofline, rounding, saving, startup, throughput],
+    [distribution, dtype, fuzz, kill_resume, lanes, parity, predict, roofline, rounding, saving, startup, throughput],
 )
 def test_benchmarks_refuse_counts_and_places_out_of_range(benchmark, tmp_path):
     (tmp_path / "file").touch()
