@@ -216,7 +216,8 @@ def run_example(*flags, example=EXAMPLE.name):
 
 
 def test_the_example_compares_both_arms_on_the_real_data(tmp_path):
-    result = run_example("--epochs", 2, "--seeds", 2, "--train-size", 5000, "--output", tmp_path / "out")
+    places = ("--output", tmp_path / "out", "--log", tmp_path / "log.jsonl")
+    result = run_example("--epochs", 2, "--seeds", 2, "--train-size", 5000, *places)
     assert result.returncode == 0, result.stderr
     cells = [[cell.strip() for cell in line.split("|")] for line in result.stdout.splitlines()]
     assert [row[1:2] for row in cells[2:6]] == [["no dropout"], ["no dropout"], ["dropout 0.2"], ["dropout 0.2"]]
@@ -232,6 +233,9 @@ def test_the_example_compares_both_arms_on_the_real_data(tmp_path):
     assert np.shape(results["arms"]["dropout 0.2"]["validation"]["loss"]) == (2, 2)
     assert results["seeds"] == [0, 1]
     assert "test" not in results
+    logged = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    of_dropout = [line["validation_loss"] for line in logged if line["dropout_rate"] == 0.2 and line["seed"] == 1]
+    assert of_dropout == results["arms"]["dropout 0.2"]["validation"]["loss"][1]
     summary = json.loads((tmp_path / "out" / "report.json").read_text())
     assert len(summary["verdicts"]) == 7
     assert np.shape(summary["arms"]["dropout 0.2"]["late_rise"]) == (2,)
