@@ -155,9 +155,9 @@ def main(flags: Flags) -> int:
         png = io.BytesIO()
         figure.savefig(png, format="png", dpi=150)
         files.write_atomically(flags.output / f"{name}.png", png.getvalue())
-    print(f"\npictures, report and history are in {flags.output}")
+    print(f"pictures, report and history are in {flags.output}", file=sys.stderr)
     return 0 if complete == flags.epochs else INTERRUPTED
 
 
 if __name__ == "__main__":
-    run_script(main, tyro.cli(Flags, description=__doc__))
+    run_script(main, lambda: tyro.cli(Flags, description=__doc__))

@@ -223,6 +223,8 @@ def test_the_example_compares_both_arms_on_the_real_data(tmp_path):
     assert [row[1:2] for row in cells[2:6]] == [["no dropout"], ["no dropout"], ["dropout 0.2"], ["dropout 0.2"]]
     assert cells[2][2] == "last: 2"
     assert result.stderr.count("epoch ") == 2
+    assert result.stderr.splitlines()[-1] == f"pictures, report and history are in {tmp_path / 'out'}"
+    assert str(tmp_path) not in result.stdout
     assert "dropout raises accuracy" in result.stdout
     assert "weak: 2 seeds" in result.stdout
     names = ["history.json", "losses.png", "prediction.png", "report.json", "report.md", "samples.png"]
@@ -345,6 +347,8 @@ def test_the_sweep_example_chooses_on_a_hold_out_and_tests_once(tmp_path):
     result = run_example(*flags, example="dropout_sweep.py")
     assert result.returncode == 0, result.stderr
     assert "2 seeds are few" in result.stdout
+    assert str(tmp_path) not in result.stdout
+    assert result.stderr.splitlines()[-1] == f"study.png, report.md and history.json are in {tmp_path}"
     results = json.loads((tmp_path / "history.json").read_text())
     assert np.shape(results["arms"]["500 images"]["validation"]["loss"]) == (2, 2, 1)
     assert [row["size"] for row in results["test"]] == [500, 1000]
