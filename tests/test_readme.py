@@ -213,32 +213,37 @@ train = test = Batch(*np.load({str(tmp_path / "small.npz")!r}).values())
 # Commands: those that stand alone, indented by four spaces, and those in the text.
 
 
-def commands() -> list[str]:
+def commands(kind: str | None = None) -> list[str]:
     prose = FENCED.sub("", TEXT)
     alone = [line.strip() for line in prose.splitlines() if line.startswith("    ")]
-    return [*alone, *(span for span in re.findall(r"`([^`\n]+)`", prose) if word_of(span))]
+    found = [*alone, *(span for span in re.findall(r"`([^`\n]+)`", prose) if kind_of(span))]
+    return [command for command in found if kind in (None, kind_of(command))]
 
 
-def word_of(text: str) -> str | None:
-    """The program that a text would start, if it is a command."""
+def kind_of(text: str) -> str | None:
+    """The program that a text would start, if it is a command; of Python, whether it runs a script or which module."""
     try:
-        words = shlex.split(text, comments=True)
+        words = [word for word in shlex.split(text, comments=True) if not re.match(r"[A-Z_]+=", word)]
     except ValueError:
         return None
-    words = [word for word in words if not re.match(r"[A-Z_]+=", word)]
-    known = {"make", "python", "pip", "sh", "grep"}
-    return words[0] if len(words) > 1 and Path(words[0]).name in known else None
+    if len(words) < 2 or not (words[0].startswith(".venv/bin/") or words[0] in {"make", "python", "pip", "sh", "grep"}):
+        return None
+    name = Path(words[0]).name
+    if name == "python":
+        return words[2] if words[1] == "-m" else "script"
+    return name
 
 
 def test_every_command_is_known():
+    """Each kind has a test below."""
     for command in commands():
-        assert word_of(command) in {"make", "python", "pip", "grep", ".venv/bin/python"} or DIGEST.fullmatch(command), (
-            f"{command!r} needs a test"
-        )
+        assert kind_of(command) in {"make", "script", "fashion_jax.data", "pip", "grep", "jupyter"} or DIGEST.fullmatch(
+            command
+        ), f"{command!r} needs a test"
     assert len(commands()) > 10
 
 
-@pytest.mark.parametrize("command", [command for command in commands() if word_of(command) == "make"])
+@pytest.mark.parametrize("command", commands("make"))
 def test_make_has_the_target(command):
     words = shlex.split(command, comments=True)
     given = dict(word.split("=", 1) for word in words if "=" in word)
@@ -251,7 +256,7 @@ def test_make_has_the_target(command):
         read_flags(script[1], shlex.split(script[2]))
 
 
-@pytest.mark.parametrize("command", [command for command in commands() if word_of(command) == ".venv/bin/python"])
+@pytest.mark.parametrize("command", commands("script"))
 def test_scripts_take_the_flags(command):
     _, script, *flags = shlex.split(command)
     read_flags(script, flags)
@@ -262,25 +267,34 @@ def read_flags(script: str, flags: list[str]) -> None:
     assert given
 
 
-@pytest.mark.parametrize("command", [command for command in commands() if word_of(command) == "python"])
-def test_modules_run(command, capsys):
-    assert command == "python -m fashion_jax.data"
-    assert data.main([]) == 0
+@pytest.mark.parametrize("command", commands("fashion_jax.data"))
+def test_the_data_set_is_described(command, capsys):
+    assert data.main(shlex.split(command)[3:]) == 0
     assert "60,000 images" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", [command for command in commands() if word_of(command) == "pip"])
-def test_what_pip_is_told_to_install_is_what_the_tests_install(command):
-    _, what, *packages = shlex.split(command)
-    assert what == "install"
+@pytest.mark.parametrize("command", commands("pip"))
+def test_what_pip_is_told_to_install_is_declared(command):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    packages = shlex.split(command.partition("install")[2])
+    assert packages
     for package in packages:
         name, _, extra = package.rstrip("]").partition("[")
-        declared = project["project"]["optional-dependencies"] if extra else project["dependency-groups"]["test"]
-        assert (extra in declared) if extra else any(entry.startswith(name) for entry in declared)
+        if extra:
+            assert extra in project["project"]["optional-dependencies"]
+        # JupyterLab is for the reader alone: nothing here imports it.
+        elif name != "jupyterlab":
+            assert any(entry.startswith(name) for entry in project["dependency-groups"]["test"])
 
 
-@pytest.mark.parametrize("command", [command for command in commands() if word_of(command) == "grep"])
+@pytest.mark.parametrize("command", commands("jupyter"))
+def test_jupyter_finds_a_notebook(command):
+    _, lab, folder = shlex.split(command)
+    assert lab == "lab"
+    assert list((ROOT / folder).glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("command", commands("grep"))
 def test_grep_finds_lines(place, command):
     """In what the Python blocks have written."""
     assert run(place, *shlex.split(command)).stdout
