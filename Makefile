@@ -1,5 +1,7 @@
 # Everything needs Python 3.11 or later and nothing else; PYTHON=python3.13 make test takes another one.
 PYTHON ?= python3
+# What `make wheels` tries; those that are not on this machine are left out.
+PYTHONS ?= python3.11 python3.12 python3.13
 VENV := .venv
 BIN := $(VENV)/bin
 VERSION := $(shell $(PYTHON) -c 'import sys; print(".".join(map(str, sys.version_info[:2])))')
@@ -12,7 +14,7 @@ LINT := $(VENV)/lint-$(VERSION)
 BENCH := $(VENV)/bench-$(VERSION)
 DOCS := $(VENV)/docs-$(VERSION)
 
-.PHONY: compare test bench docs check format lint types data notebook constraints clean
+.PHONY: compare test bench docs check format lint types wheels data notebook constraints clean
 
 compare: $(INSTALLED) data
 	$(BIN)/python examples/compare_overfit.py $(ARGS)
@@ -41,9 +43,14 @@ format: $(LINT)
 
 lint: $(LINT)
 	$(BIN)/ruff check .
+	$(BIN)/deptry .
 
 types: $(LINT) $(TEST)
 	$(BIN)/pyright
+
+# The wheel in empty environments: takes minutes and a package index.
+wheels: $(TEST) data
+	sh scripts/check_wheel.sh $(BIN)/python $(PYTHONS)
 
 # Renews the pins: the newest versions that fit, for every supported Python.
 constraints: $(INSTALLED)

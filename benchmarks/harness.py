@@ -37,7 +37,9 @@ def start(main: Callable[[Any], int | None], flags: type, description: str | Non
         check(given)
         return main(given) or 0
 
-    run_script(checked, tyro.cli(flags, description=description))
+    # Run by a path, a benchmark would not find its siblings.
+    program = f"python -m benchmarks.{Path(sys.argv[0]).stem}"
+    run_script(checked, lambda: tyro.cli(flags, prog=program, description=description))
 
 
 def check(flags: Any) -> None:
@@ -122,7 +124,7 @@ def default_output() -> Path:
 
 
 def write(name: str, rows: list[Row], *, flags: Any, output: Path | None, figure: Figure | None, **more: Any) -> None:
-    """Print a table of the rows, and write NAME.json and NAME.png.
+    """Print a table of the rows, write NAME.json and NAME.png, and tell on standard error where they are.
 
     Args:
         name: The benchmark's name.
@@ -147,7 +149,7 @@ def write(name: str, rows: list[Row], *, flags: Any, output: Path | None, figure
         png = io.BytesIO()
         figure.savefig(png, format="png", dpi=110)
         files.write_atomically(output / f"{name}.png", png.getvalue())
-    print(f"{jax.default_backend()}: wrote {output / name}.json", flush=True)
+    print(f"{jax.default_backend()}: wrote {output / name}.json", file=sys.stderr)
 
 
 def table(rows: list[Row]) -> str:

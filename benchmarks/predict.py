@@ -30,7 +30,7 @@ class Flags:
     sizes: tuple[int, ...] = (1, 100, 10_000)
     """Images at a time."""
     seconds: float = 0.05
-    """A timed run classifies the images again and again for about so long."""
+    """Length of a timed run: it classifies the images again and again for about so many seconds."""
     repetitions: int = 10
     """Timed runs of each program, in turns."""
     data_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None

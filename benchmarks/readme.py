@@ -3,6 +3,7 @@
 A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`; `TABLES` tells which record it comes from.
 """
 
+import dataclasses
 import json
 import re
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import harness
 from fashion_jax import files, report
 
 ROOT = Path(__file__).parents[1]
@@ -159,12 +161,17 @@ def fill(text: str) -> str:
     return BLOCK.sub(lambda block: f"{block[1]}\n{TABLES[block[2]]()}\n\n{block[4]}", text)
 
 
-def main() -> int:
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    pass
+
+
+def main(flags: Flags) -> int:
     text = README.read_text()
     files.write_atomically(README, fill(text))
-    print(f"{len(BLOCK.findall(text))} tables of {README} are as the records say")
+    print(f"{len(BLOCK.findall(text))} tables of {README} are as the records say", file=sys.stderr)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    harness.start(main, Flags, __doc__)

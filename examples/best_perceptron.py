@@ -8,6 +8,7 @@ Prints tables and writes report.md, report.json and each seed's network as netwo
 
 import dataclasses
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Annotated
@@ -146,9 +147,9 @@ def main(flags: Flags) -> int:
     }
     files.write_atomically(flags.output / "report.json", json.dumps(results, indent=1, default=str) + "\n")
     files.write_atomically(flags.output / "report.md", "\n\n".join(sections) + "\n")
-    print(f"\nreport.md, report.json and the networks are in {flags.output}")
+    print(f"report.md, report.json and the networks are in {flags.output}", file=sys.stderr)
     return 0
 
 
 if __name__ == "__main__":
-    run_script(main, tyro.cli(Flags, description=__doc__))
+    run_script(main, lambda: tyro.cli(Flags, description=__doc__))

@@ -32,7 +32,7 @@ class Flags:
     seeds: int = 8
     """Number of seeds; the runs use 0, 1, 2, ..., each once with and once without dropout."""
     rate: float = 0.2
-    """Dropout rate, of the training and of Monte Carlo dropout."""
+    """Dropout rate in (0, 1), of the training and of Monte Carlo dropout."""
     samples: int = 100
     """Thinned networks of Monte Carlo dropout."""
     checkpoint: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
@@ -188,9 +188,9 @@ def main(flags: Flags) -> int:
     }
     files.write_atomically(flags.output / "report.json", json.dumps(results, indent=1, default=str) + "\n")
     files.write_atomically(flags.output / "report.md", "\n\n".join(sections) + "\n")
-    print(f"\npictures and report are in {flags.output}")
+    print(f"pictures and report are in {flags.output}", file=sys.stderr)
     return 0 if complete == flags.epochs else INTERRUPTED
 
 
 if __name__ == "__main__":
-    run_script(main, tyro.cli(Flags, description=__doc__))
+    run_script(main, lambda: tyro.cli(Flags, description=__doc__))

@@ -34,7 +34,7 @@ class Flags:
     objects: Literal["auto", "light", "dark"] = "auto"
     """Whether the clothes are lighter or darker than their background; by default each picture's border decides."""
     rate: float = 0.2
-    """Dropout rate, of the training and of Monte Carlo dropout."""
+    """Dropout rate in [0, 1), of the training and of Monte Carlo dropout."""
     epochs: int = 30
     """Passes over the training set, if a network has to be trained."""
     checkpoint: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
@@ -110,7 +110,7 @@ def main(flags: Flags) -> int:
         # Numbered, because files of several directories may share a name.
         files.write_atomically(flags.output / f"{i + 1:02}-{path.stem}.png", png.getvalue())
     print(report.markdown(rows))
-    print(f"\npictures are in {flags.output}")
+    print(f"pictures are in {flags.output}", file=sys.stderr)
     return 1 if unread else 0
 
 
@@ -133,11 +133,10 @@ def train(flags: Flags) -> Network | None:
         print("stopped before training ended; the network was not kept", file=sys.stderr)
         return None
     save_safetensors(flags.model, run.state.params, config=config)
-    print(
-        f"trained, accuracy on the test set {run.history.validation.accuracy[-1]:.4f}; the network is in {flags.model}"
-    )
+    accuracy = run.history.validation.accuracy[-1]
+    print(f"trained, accuracy on the test set {accuracy:.4f}; the network is in {flags.model}", file=sys.stderr)
     return Network(run.state.params, config, CLASS_NAMES)
 
 
 if __name__ == "__main__":
-    run_script(main, tyro.cli(Flags, description=__doc__))
+    run_script(main, lambda: tyro.cli(Flags, description=__doc__))

@@ -4,6 +4,7 @@ Prints a table and verdicts on the tutorial's claims, and writes losses.png, pre
 report.json and report.md.
 """
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -16,7 +17,7 @@ import numpy as np
 import tyro
 
 from fashion_jax import CLASS_NAMES, TrainConfig, data, evidence, files, plot, report, sweep
-from fashion_jax.log import Progress
+from fashion_jax.log import JsonLines, Progress
 from fashion_jax.predict import predict
 from fashion_jax.script import INTERRUPTED, run_script
 from fashion_jax.train import evaluate
@@ -42,6 +43,8 @@ class Flags:
     checkpoint: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Directory to save to after each epoch. The same command, given again, goes on from there after a run was stopped
     or killed."""
+    log: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """File to write every epoch's figures into while training runs, one JSON line a network."""
     data_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Directory with the data set; see `python -m fashion_jax.data --help`."""
     output: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("runs/compare_overfit")
@@ -72,7 +75,12 @@ def main(flags: Flags) -> int:
         files.prepare_directory(flags.output)
 
     seeds = list(range(flags.seeds))
-    with Progress(flags.epochs) as progress:
+    takers: list[Progress | JsonLines] = []
+    with contextlib.ExitStack() as stack:
+        if writes:
+            takers.append(stack.enter_context(Progress(flags.epochs)))
+        if writes and flags.log:
+            takers.append(stack.enter_context(JsonLines(flags.log, seeds=seeds)))
         run = sweep.sweep(
             train,
             validation,
@@ -80,7 +88,7 @@ def main(flags: Flags) -> int:
             dropout_rates=flags.rates,
             config=config,
             epochs=flags.epochs,
-            on_epoch=progress if writes else None,
+            on_epoch=lambda end: [take(end) for take in takers],
             checkpoint=flags.checkpoint,
         )
     if not writes:
@@ -147,9 +155,9 @@ def main(flags: Flags) -> int:
         png = io.BytesIO()
         figure.savefig(png, format="png", dpi=150)
         files.write_atomically(flags.output / f"{name}.png", png.getvalue())
-    print(f"\npictures, report and history are in {flags.output}")
+    print(f"pictures, report and history are in {flags.output}", file=sys.stderr)
     return 0 if complete == flags.epochs else INTERRUPTED
 
 
 if __name__ == "__main__":
-    run_script(main, tyro.cli(Flags, description=__doc__))
+    run_script(main, lambda: tyro.cli(Flags, description=__doc__))

@@ -35,7 +35,7 @@ class Flags:
     preset: Literal["quick", "full"] = "quick"
     """quick: 6 rates, 4 sizes, 3 seeds, for two cores. full: 9 rates, 6 sizes, 32 seeds, for an accelerator."""
     rates: tuple[float, ...] | None = None
-    """Dropout rates, 0 among them; instead of the preset's."""
+    """Dropout rates in [0, 1), 0 among them; instead of the preset's."""
     sizes: tuple[int, ...] | None = None
     """Training-set sizes, at most 50,000: 10,000 of the 60,000 images are held out. Instead of the preset's."""
     seeds: int | None = None
@@ -127,9 +127,9 @@ def main(flags: Flags) -> int:
     png = io.BytesIO()
     plot.study(summary, dropout_rates=rates, sizes=sizes).savefig(png, format="png", dpi=130)
     files.write_atomically(flags.output / "study.png", png.getvalue())
-    print(f"\nstudy.png, report.md and history.json are in {flags.output}")
+    print(f"study.png, report.md and history.json are in {flags.output}", file=sys.stderr)
     return 0 if complete == len(flags.sizes or preset["sizes"]) else INTERRUPTED
 
 
 if __name__ == "__main__":
-    run_script(main, tyro.cli(Flags, description=__doc__))
+    run_script(main, lambda: tyro.cli(Flags, description=__doc__))

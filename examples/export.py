@@ -7,6 +7,7 @@ onnxruntime need not be there; what needs them is then left out.
 
 import dataclasses
 import io
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -94,9 +95,9 @@ def main(flags: Flags) -> int:
     table = report.markdown(rows)
     print(table)
     files.write_atomically(flags.output / "report.md", table + "\n")
-    print(f"\nthe files are in {flags.output}")
+    print(f"the files are in {flags.output}", file=sys.stderr)
     return 0
 
 
 if __name__ == "__main__":
-    run_script(main, tyro.cli(Flags, description=__doc__))
+    run_script(main, lambda: tyro.cli(Flags, description=__doc__))

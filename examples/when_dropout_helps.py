@@ -10,6 +10,7 @@ Prints tables and writes rivals.png, report.md and report.json.
 import dataclasses
 import io
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -186,9 +187,9 @@ def main(flags: Flags) -> int:
     png = io.BytesIO()
     plot.rivals(scores, measures=MEASURES).savefig(png, format="png", dpi=110)
     files.write_atomically(flags.output / "rivals.png", png.getvalue())
-    print(f"\nrivals.png, report.md and report.json are in {flags.output}")
+    print(f"rivals.png, report.md and report.json are in {flags.output}", file=sys.stderr)
     return 0
 
 
 if __name__ == "__main__":
-    run_script(main, tyro.cli(Flags, description=__doc__))
+    run_script(main, lambda: tyro.cli(Flags, description=__doc__))

@@ -20,7 +20,7 @@ have the names of their modules, and are imported from there.
 """
 
 import importlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fashion_jax.config import TrainConfig as TrainConfig
@@ -75,7 +75,7 @@ _ROOMS = {
 }
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     for room, names in _ROOMS.items():
         if name in names:
             return getattr(importlib.import_module(f"{__name__}.{room}"), name)

@@ -32,7 +32,7 @@ from jax.experimental import multihost_utils
 from fashion_jax.files import prepare_directory, write_atomically
 
 SEAL, LOCK, FORMAT = "seal.json", "fashion_jax.lock", 1
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 
 class Checkpoints(NamedTuple):
@@ -45,7 +45,7 @@ class Checkpoints(NamedTuple):
             because orbax removes old ones before the new one has its seal.
     """
 
-    directory: str | os.PathLike
+    directory: str | os.PathLike[str]
     every: int = 1
     keep: int = 3
 
@@ -89,7 +89,9 @@ def content_digest(tree: Any) -> str:
     return digest.hexdigest()
 
 
-def restore(directory: str | os.PathLike, like: Any, *, identity: Mapping[str, Any] | None = None) -> Checkpoint | None:
+def restore(
+    directory: str | os.PathLike[str], like: Any, *, identity: Mapping[str, Any] | None = None
+) -> Checkpoint | None:
     """Read the newest checkpoint that is finished and not damaged; warn of newer ones that are not.
 
     Args:
@@ -167,7 +169,9 @@ class Store:
                 raise ValueError(f"checkpoint.{name} must be at least 1, got {value}")
         if not isinstance(checkpoints.directory, (str, os.PathLike)):
             raise TypeError(f"checkpoint must be a directory or Checkpoints, got {checkpoints.directory!r}")
-        self.directory, self.every, self._keep = Path(checkpoints.directory).absolute(), *checkpoints[1:]
+        self.directory: Path = Path(checkpoints.directory).absolute()
+        self.every: int = checkpoints.every
+        self._keep = checkpoints.keep
         self._identity = json.loads(json.dumps(identity))
         self._circumstances = json.loads(json.dumps({**(circumstances or {}), "versions": _versions()}))
         self._writes = jax.process_index() == 0
@@ -182,7 +186,7 @@ class Store:
     def __enter__(self) -> "Store":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         try:
             self.wait()
         finally:

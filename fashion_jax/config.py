@@ -83,7 +83,7 @@ class TrainConfig:
     loss: Callable[..., Any] | None = None
     optimiser: Callable[..., Any] | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("hidden", "image_shape"):
             value = getattr(self, name)
             if not isinstance(value, tuple):

@@ -21,7 +21,7 @@ import urllib.error
 import urllib.request
 import zlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -82,7 +82,7 @@ class Splits(NamedTuple):
     test: Batch
 
 
-def load(data_dir: str | os.PathLike | None = None, *, source: str = "auto") -> Splits:
+def load(data_dir: str | os.PathLike[str] | None = None, *, source: str = "auto") -> Splits:
     """Load Fashion-MNIST from the fastest source that is there.
 
     Sources, fastest first:
@@ -236,7 +236,7 @@ def check_batch(batch: Batch, name: str, *, classes: int | None = len(CLASS_NAME
         raise ValueError(f"{name}.labels must {expected}, got {smallest}..{largest}")
 
 
-def check_pixels(images, name: str) -> None:
+def check_pixels(images: Any, name: str) -> None:
     """Refuse images that are not pixels as they are stored, such as pixels that somebody has scaled.
 
     Args:
@@ -254,7 +254,7 @@ def check_pixels(images, name: str) -> None:
         raise TypeError(f"{name} must be uint8 pixels from 0 to 255, got {_described(images)}")
 
 
-def check_key(key) -> None:
+def check_key(key: Any) -> None:
     """Refuse what is not one typed key, such as a seed, several keys, or a key of the old kind.
 
     Args:
@@ -271,7 +271,7 @@ def check_key(key) -> None:
         raise TypeError(f"key must be one typed key, from jax.random.key(seed); got {key!r}")
 
 
-def read_idx(path: str | os.PathLike) -> UInt8[np.ndarray, "..."]:
+def read_idx(path: str | os.PathLike[str]) -> UInt8[np.ndarray, "..."]:
     """Read one IDX file of unsigned bytes, gzipped or not.
 
     The format has no check sum, so a changed pixel in a file that is not gzipped goes unnoticed here; `load` compares
@@ -340,7 +340,7 @@ def _take(batch: Batch, indices) -> Batch:
     return Batch(np.asarray(batch.images)[indices], np.asarray(batch.labels)[indices])
 
 
-def _parsed(content: bytes, origin: str | os.PathLike) -> np.ndarray:
+def _parsed(content: bytes, origin: str | os.PathLike[str]) -> np.ndarray:
     if content[:2] == b"\x1f\x8b":
         try:
             content = gzip.decompress(content)

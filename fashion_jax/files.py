@@ -17,7 +17,7 @@ from pathlib import Path
 _PARTIAL = re.compile(r"\..+-[0-9a-f]{8}\.partial")
 
 
-def write_atomically(path: str | os.PathLike, content: bytes | str) -> None:
+def write_atomically(path: str | os.PathLike[str], content: bytes | str) -> None:
     """Write a file as a whole or not at all; missing parent directories are made.
 
     What killed writers have left in the directory is removed first.
@@ -52,7 +52,7 @@ def write_atomically(path: str | os.PathLike, content: bytes | str) -> None:
 
 
 @contextlib.contextmanager
-def scratch_directory(parent: str | os.PathLike) -> Iterator[Path]:
+def scratch_directory(parent: str | os.PathLike[str]) -> Iterator[Path]:
     """Make a temporary directory inside another, on the same file system, and remove it at the end of the block.
 
     If the process is killed, the next writer in `parent` removes it.
@@ -76,7 +76,7 @@ def scratch_directory(parent: str | os.PathLike) -> Iterator[Path]:
         yield temporary
 
 
-def prepare_directory(path: str | os.PathLike) -> Path:
+def prepare_directory(path: str | os.PathLike[str]) -> Path:
     """Make a directory ready to be written into, so that a long run learns at its start that it is not.
 
     The directory is made if it is missing, a file is written and removed again, and what killed writers have left is
@@ -108,7 +108,7 @@ def prepare_directory(path: str | os.PathLike) -> Path:
     return path
 
 
-def remove_partial(directory: str | os.PathLike) -> None:
+def remove_partial(directory: str | os.PathLike[str]) -> None:
     """Remove what writers that were killed have left in a directory; what living ones are writing stays.
 
     Args:
@@ -136,7 +136,7 @@ def remove_partial(directory: str | os.PathLike) -> None:
 
 
 @contextlib.contextmanager
-def locked(directory: str | os.PathLike) -> Iterator[None]:
+def locked(directory: str | os.PathLike[str]) -> Iterator[None]:
     """Let one process at a time into the block, of all that name the same directory; the others wait.
 
     The lock leaves no file. A file system that has no locks lets everybody in.

@@ -164,7 +164,7 @@ def to_torch(params: Mapping[str, Any], *, names: Sequence[str] | None = None) -
     return {name: torch.from_numpy(array) for name, array in _tensors(params, names).items()}
 
 
-def load_torch(path: str | os.PathLike, *, config: TrainConfig | None = None) -> dict[str, Any]:
+def load_torch(path: str | os.PathLike[str], *, config: TrainConfig | None = None) -> dict[str, Any]:
     """Read a `state_dict` that `torch.save` wrote (.pth, .pt), and take its weights as `from_torch` does.
 
     It is read with `weights_only=True`: nothing in the file is executed. Such a file has no digest, so damage that
@@ -207,7 +207,7 @@ def load_torch(path: str | os.PathLike, *, config: TrainConfig | None = None) ->
 
 
 def save_safetensors(
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     params: Mapping[str, Any],
     *,
     config: TrainConfig = TrainConfig(),
@@ -245,7 +245,7 @@ def save_safetensors(
     write_atomically(path, safetensors.numpy.save(tensors, metadata))
 
 
-def load_safetensors(path: str | os.PathLike) -> Network:
+def load_safetensors(path: str | os.PathLike[str]) -> Network:
     """Read a network that `save_safetensors` wrote, and check its digest.
 
     Args:
@@ -284,7 +284,7 @@ def load_safetensors(path: str | os.PathLike) -> Network:
 def export(
     params: Mapping[str, Any],
     config: TrainConfig,
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     *,
     class_names: Sequence[str] = CLASS_NAMES,
 ) -> None:
@@ -322,7 +322,7 @@ def export(
     write_atomically(path, MAGIC + hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
 
 
-def load_exported(path: str | os.PathLike) -> ExportedNetwork:
+def load_exported(path: str | os.PathLike[str]) -> ExportedNetwork:
     """Read a program that `export` wrote, and check its digest.
 
     Args:
@@ -356,7 +356,7 @@ def load_exported(path: str | os.PathLike) -> ExportedNetwork:
 def export_onnx(
     params: Mapping[str, Any],
     config: TrainConfig,
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     *,
     class_names: Sequence[str] = CLASS_NAMES,
 ) -> None:

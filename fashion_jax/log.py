@@ -1,14 +1,29 @@
-"""Where the epochs' figures go while training runs: a progress bar, or plain lines."""
+"""Where the epochs' figures go while training runs: a progress bar, plain lines, or a file of JSON lines."""
 
+import contextlib
+import errno
+import fcntl
 import io
+import json
+import logging
+import math
+import os
 import sys
 import time
-from typing import TextIO
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TextIO
 
 import numpy as np
 from tqdm.auto import tqdm
 
+from fashion_jax.files import write_atomically
 from fashion_jax.train import EpochEnd
+
+FIGURES = ("running_loss", "train_loss", "train_accuracy", "validation_loss", "validation_accuracy")
+_RESERVED = ("epoch", "dropout_rate", "seed", *FIGURES)
+_START = b'{"epoch": '
+_logger = logging.getLogger(__name__)
 
 
 class Progress:
@@ -41,7 +56,7 @@ class Progress:
     def __enter__(self) -> "Progress":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.close()
 
@@ -66,6 +81,208 @@ class Progress:
             file=self._file,
             flush=True,
         )
+
+
+class JsonLines:
+    """Write each epoch into a file that grows: one JSON object a line, one line a network.
+
+    Give it to `fit` or `sweep` as `on_epoch`. A line has the entries epoch, dropout_rate, seed (if `seeds` tells it),
+    your own `entries`, and the figures running_loss, train_loss, train_accuracy, validation_loss and
+    validation_accuracy: losses in nats, each number exactly that of the History; null for a lane that has stopped.
+
+    Lines of one network are those that agree in dropout_rate, seed and entries. A file keeps what it holds of other
+    networks. Where a network is trained again, from the start or from a checkpoint, its lines from that epoch on give
+    way to the new ones; so a run that was killed and goes on leaves each epoch once. A line is written at once and as a
+    whole; the half line that a kill may leave is removed when the file is next opened.
+
+    Args:
+        path: The file; it and missing parent directories are made.
+        seeds: The seeds, as `sweep` takes them; of a `fit` the one seed, if the lines shall tell it.
+        **entries: More to write into each line, to tell runs apart: text, numbers, True, False or None.
+
+    Raises:
+        TypeError: An entry has another type, or `seeds` are no ints.
+        ValueError: An entry has the name of a figure or is not finite; or the file holds something else than such
+            lines, and stays as it is.
+        OSError: The file cannot be written, or another process is writing into it.
+
+    >>> import jax, tempfile
+    >>> from fashion_jax import Batch, fit
+    >>> data = Batch(np.zeros((10, 28, 28), np.uint8), np.arange(10, dtype=np.int32))
+    >>> path = Path(tempfile.mkdtemp()) / "log.jsonl"
+    >>> with JsonLines(path, seeds=[0], width="usual") as log:
+    ...     run = fit(data, data, key=jax.random.key(0), epochs=2, on_epoch=log)
+    >>> print(path.read_text())  # doctest: +ELLIPSIS
+    {"epoch": 1, "dropout_rate": 0.0, "seed": 0, "width": "usual", "running_loss": 2..., "validation_accuracy": 0...}
+    {"epoch": 2, "dropout_rate": 0.0, "seed": 0, "width": "usual", "running_loss": 2..., "validation_accuracy": 0...}
+    <BLANKLINE>
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        seeds: Sequence[int] | None = None,
+        **entries: str | int | float | bool | None,
+    ):
+        self._path = Path(path)
+        self._seeds = None if seeds is None else _check_seeds(seeds)
+        self._entries = _check_entries(entries)
+        # Epoch that each network of this object was logged last in.
+        self._last: dict[str, int] = {}
+        self._file = _open_locked(self._path)
+        try:
+            self._remove_half_line()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> "JsonLines":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file; a second time does nothing."""
+        self._file.close()
+
+    def __call__(self, end: EpochEnd) -> None:
+        """Write the lines of one epoch.
+
+        Raises:
+            ValueError: `seeds` are not those of the lanes, this object has written the epoch already, or it is closed.
+            OSError: The file cannot be written.
+        """
+        if self._file.closed:
+            raise ValueError(f"{self._path}: this log is closed; use a new JsonLines")
+        networks = self._networks(end)
+        for network in networks:
+            # Of several training-set sizes, an EpochEnd does not tell which one is trained.
+            if self._last.get(_key(network), 0) >= end.epoch:
+                raise ValueError(
+                    f"{self._path}: epoch {end.epoch} of {_told(network)} was logged before. Give each run a JsonLines "
+                    f"of its own, with entries that tell runs apart, such as JsonLines(path, run=1)"
+                )
+        self._make_way({_key(network) for network in networks} - self._last.keys(), end.epoch)
+        validation, train = end.history.validation, end.history.train
+        leaves = (end.history.running_loss, train.loss, train.accuracy, validation.loss, validation.accuracy)
+        columns = [np.asarray(leaf).ravel().tolist() for leaf in leaves]
+        for network, values in zip(networks, zip(*columns, strict=True), strict=True):
+            figures = (value if math.isfinite(value) else None for value in values)
+            line = {"epoch": end.epoch, **network, **dict(zip(FIGURES, figures, strict=True))}
+            self._write(json.dumps(line, allow_nan=False) + "\n")
+            self._last[_key(network)] = end.epoch
+
+    def _networks(self, end: EpochEnd) -> list[dict[str, Any]]:
+        """What sets each lane apart, in the order of the leaves."""
+        shape = np.shape(end.history.running_loss)
+        lanes = shape[1] if shape else 1
+        if self._seeds is None and shape:
+            raise ValueError(f"seeds must be given to JsonLines, as sweep takes them: the sweep has {lanes}, got none")
+        if self._seeds is not None and len(self._seeds) != lanes:
+            raise ValueError(f"seeds must be those of the run: it has {lanes}, got {self._seeds}")
+        named = [{}] if self._seeds is None else [{"seed": seed} for seed in self._seeds]
+        return [{"dropout_rate": rate, **seed, **self._entries} for rate in end.dropout_rates for seed in named]
+
+    def _make_way(self, keys: set[str], epoch: int) -> None:
+        """Remove what the file holds of these networks from an epoch on."""
+        if not keys:
+            return
+        kept, last, size = [], 0, 0
+        for text in self._path.read_bytes().splitlines(keepends=True):
+            line = json.loads(text)
+            mine = _key(line) in keys
+            if not (mine and line["epoch"] >= epoch):
+                kept.append(text)
+            last = max(last, line["epoch"] if mine else 0)
+            size += len(text)
+        if last < epoch - 1:
+            _logger.warning("%s has no line of the epochs from %d to %d", self._path, last + 1, epoch - 1)
+        content = b"".join(kept)
+        if len(content) < size:
+            write_atomically(self._path, content)
+            self.close()
+            self._file = _open_locked(self._path)
+
+    def _remove_half_line(self) -> None:
+        content = self._path.read_bytes()
+        whole, newline, half = content.rpartition(b"\n")
+        for number, line in enumerate(whole.split(b"\n") if newline else (), start=1):
+            if not _is_whole(line):
+                raise ValueError(f"{self._path}, line {number}: not a line of such a log; name another file")
+        if half:
+            if not (half.startswith(_START) or _START.startswith(half)):
+                raise ValueError(f"{self._path}: not a log of JSON lines; name another file")
+            self._file.truncate(len(content) - len(half))
+
+    def _write(self, line: str) -> None:
+        content, size = line.encode(), os.fstat(self._file.fileno()).st_size
+        try:
+            while content:
+                content = content[self._file.write(content) :]
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self._file.truncate(size)
+            raise OSError(error.errno, f"{error.strerror}; the log ends before this line", str(self._path)) from error
+
+
+def _check_seeds(seeds) -> list[int]:
+    if isinstance(seeds, str) or np.ndim(seeds) != 1 or not len(seeds):
+        raise TypeError(f"seeds must be a sequence of ints, got {seeds!r}")
+    for seed in seeds:
+        if not isinstance(seed, (int, np.integer)) or isinstance(seed, bool):
+            raise TypeError(f"seeds must be ints, got {seed!r}")
+    return [int(seed) for seed in seeds]
+
+
+def _check_entries(entries: dict[str, Any]) -> dict[str, Any]:
+    for name, value in entries.items():
+        if name in _RESERVED:
+            raise ValueError(f"{name} is written into each line already; give this entry another name")
+        if not isinstance(value, (str, int, float, bool, type(None))):
+            raise TypeError(f"{name} must be text, a number, True, False or None, got {value!r}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name} must be finite, got {value}")
+    return entries
+
+
+def _open_locked(path: Path) -> io.FileIO:
+    if path.exists() and not path.is_file():
+        number, found = (errno.EISDIR, "a directory") if path.is_dir() else (errno.EINVAL, "no regular file")
+        raise OSError(number, f"this is {found}; name a file to log into", str(path))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Unbuffered: a line is with the kernel when `write` returns, and outlives the process.
+        file = path.open("a+b", buffering=0)
+    except OSError as error:
+        raise OSError(error.errno, f"{error.strerror}; no log can be written here", str(path)) from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        # A file system that has no locks lets everybody in.
+        if isinstance(error, BlockingIOError):
+            file.close()
+            what = "another process is writing into this log; name another file"
+            raise BlockingIOError(error.errno, what, str(path)) from error
+    return file
+
+
+def _is_whole(line: bytes) -> bool:
+    try:
+        entries = json.loads(line)
+    except ValueError:
+        return False
+    return line.startswith(_START) and isinstance(entries["epoch"], int)
+
+
+def _key(line: dict[str, Any]) -> str:
+    """What a network's lines have in common."""
+    return json.dumps({name: line[name] for name in sorted(line) if name not in ("epoch", *FIGURES)})
+
+
+def _told(network: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in network.items())
 
 
 def _by_rate(end: EpochEnd, leaf) -> str:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.linen.summary import tabulate
 from jax.core import Tracer
-from jaxtyping import Array, Float, Key, UInt8
+from jaxtyping import Array, Bool, Float, Key, UInt8
 
 from fashion_jax.config import TrainConfig
 from fashion_jax.threefry import uniform
@@ -23,7 +23,7 @@ from fashion_jax.threefry import uniform
 Params = dict[str, Any]
 
 
-def check_rate(rate, name: str = "dropout_rate") -> None:
+def check_rate(rate: Any, name: str = "dropout_rate") -> None:
     """Refuse a concrete dropout rate outside [0, 1); a traced rate passes, its value is not known yet.
 
     Args:
@@ -76,7 +76,7 @@ class Dropout(nn.Module):
 
     rate: float | Float[Array, ""]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_rate(self.rate, "rate")
         super().__post_init__()
 
@@ -88,7 +88,7 @@ class Dropout(nn.Module):
         keep = self.keep_mask(x.shape)
         return jnp.where(keep, x / (1 - self.rate), 0)
 
-    def keep_mask(self, shape: tuple[int, ...]):
+    def keep_mask(self, shape: tuple[int, ...]) -> Bool[Array, "*shape"]:
         """Draw which entries stay, from the "dropout" stream of random numbers."""
         return uniform(self.make_rng("dropout"), shape) >= self.rate
 
@@ -122,7 +122,7 @@ class FashionMLP(nn.Module):
     dtype: str | None = None
     classes: int = 10
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_rate(self.dropout_rate)
         check_rate(self.input_dropout, "input_dropout")
         super().__post_init__()

@@ -166,7 +166,7 @@ def probabilities(
     return jnp.exp(cast(Array, log_probs))
 
 
-def read_image(path: str | os.PathLike, *, light_on_dark: bool | None = None) -> UInt8[np.ndarray, "28 28"]:
+def read_image(path: str | os.PathLike[str], *, light_on_dark: bool | None = None) -> UInt8[np.ndarray, "28 28"]:
     """Read an image file as one of the data set's images: grey, 28x28, a light object on black.
 
     It takes a picture of one object on a plain background: it turns the picture as its EXIF data say, makes it grey,

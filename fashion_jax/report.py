@@ -169,7 +169,7 @@ def verdicts_as_json(judged: Sequence[Verdict]) -> list[dict[str, Any]]:
     ]
 
 
-def read_curves(path: str | os.PathLike) -> dict[float, History]:
+def read_curves(path: str | os.PathLike[str]) -> dict[float, History]:
     """Read reference curves: one row a run, dropout rate and epoch.
 
     Args:
@@ -220,7 +220,7 @@ def read_curves(path: str | os.PathLike) -> dict[float, History]:
     return arms
 
 
-def mean_and_sd(values) -> str:
+def mean_and_sd(values: Sequence[float] | np.ndarray) -> str:
     """Format figures of several runs as mean +- standard deviation, of one run as it is.
 
     >>> mean_and_sd([0.25, 0.75])

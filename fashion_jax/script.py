@@ -11,20 +11,27 @@ INTERRUPTED = 130
 EXPECTED = (ValueError, TypeError, OSError, MemoryError, FloatingPointError)
 
 
-def run_script(main: Callable[[Any], int], flags: Any) -> NoReturn:
-    """Run a script's main function, and exit.
+def run_script(main: Callable[[Any], int], read_flags: Callable[[], Any]) -> NoReturn:
+    """Read a script's flags, run its main function, and exit.
+
+    Help and errors are coloured on a terminal only, and not where the environment variable NO_COLOR is set.
 
     Args:
         main: Takes the flags and returns the exit status.
-        flags: If they have a `checkpoint`, whoever interrupts is told that the run goes on from there.
+        read_flags: Gives the flags. If they have a `checkpoint`, whoever interrupts is told that the run goes on from
+            there.
 
     Raises:
         SystemExit: Always; with the status of `main`, or 1 and one line on standard error.
 
-    >>> run_script(lambda flags: 3, None)
+    >>> run_script(lambda flags: flags, lambda: 3)
     Traceback (most recent call last):
     SystemExit: 3
     """
+    if os.environ.get("NO_COLOR") or not (sys.stdout.isatty() and sys.stderr.isatty()):
+        # tyro does not know NO_COLOR, and looks at standard output alone; a terminal that knows no colours it respects.
+        os.environ["TERM"] = "dumb"
+    flags = read_flags()
     logging.basicConfig(format="%(message)s")
     logging.getLogger("fashion_jax").setLevel(logging.INFO)
     try:

@@ -41,7 +41,7 @@ def train_settings(
     settings: Mapping[Any, Setting],
     seeds: Sequence[int],
     on_epoch: OnEpoch | None = None,
-    checkpoint: Checkpoints | str | os.PathLike | None = None,
+    checkpoint: Checkpoints | str | os.PathLike[str] | None = None,
 ) -> dict[Any, Run]:
     """Train every setting with every seed; those that differ in their dropout rate alone are lanes of one program.
 

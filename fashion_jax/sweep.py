@@ -88,7 +88,7 @@ def sweep(
     config: TrainConfig = TrainConfig(),
     epochs: int = 30,
     on_epoch: OnEpoch | None = None,
-    checkpoint: Checkpoints | str | os.PathLike | None = None,
+    checkpoint: Checkpoints | str | os.PathLike[str] | None = None,
     devices: Sequence[Any] | None = None,
     lanes_at_once: int | None = None,
 ) -> Run:

@@ -29,7 +29,7 @@ from fashion_jax.model import Params, build_model, check_rate, init_params
 from fashion_jax.optimiser import build_optimiser
 from fashion_jax.signals import noting_signals
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 
 class Metrics(NamedTuple):
@@ -118,6 +118,10 @@ class NonFiniteLossError(FloatingPointError):
         step: The step in that epoch, from 1; None if only the evaluation after the epoch was not finite.
         run: The Run until the epoch before, or None if there was none.
     """
+
+    epoch: int
+    step: int | None
+    run: Run | None
 
     def __init__(self, message: str, *, epoch: int, step: int | None, run: Run | None):
         super().__init__(message)
@@ -479,7 +483,7 @@ def fit(
     epochs: int = 30,
     start: TrainState | None = None,
     on_epoch: OnEpoch | None = None,
-    checkpoint: Checkpoints | str | os.PathLike | None = None,
+    checkpoint: Checkpoints | str | os.PathLike[str] | None = None,
 ) -> Run:
     """Train one network and measure it after every epoch.
 
@@ -548,7 +552,7 @@ def fit(
 
 
 def open_store(
-    checkpoint: Checkpoints | str | os.PathLike | None,
+    checkpoint: Checkpoints | str | os.PathLike[str] | None,
     identity: dict[str, Any],
     *,
     config: TrainConfig,

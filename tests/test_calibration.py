@@ -108,6 +108,8 @@ def test_the_study_compares_three_ways_to_predict(tmp_path, splits):
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert "2 seeds are few" in result.stdout
+    assert str(tmp_path) not in result.stdout
+    assert result.stderr.splitlines()[-1] == f"pictures and report are in {tmp_path}"
     names = ["confusion.png", "entropy.png", "reliability.png", "report.json", "report.md"]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
     results = json.loads((tmp_path / "report.json").read_text())

@@ -316,6 +316,8 @@ def test_the_example_takes_every_route(tmp_path, params):
     assert result.returncode == 0, result.stderr
     rows = [line.split("|") for line in result.stdout.splitlines() if line.startswith("| ")][2:]
     assert len(rows) == 5
+    assert all(line.startswith("|") for line in result.stdout.splitlines())
+    assert result.stderr.splitlines()[-1] == f"the files are in {tmp_path / 'out'}"
     assert all(float(row[2]) <= TOLERANCE for row in rows)
     assert len({row[3] for row in rows}) == 1
     names = ["network.onnx", "network.pth", "network.safetensors", "network.stablehlo", "report.md"]

@@ -20,7 +20,7 @@ ALLOWED = {
     "evidence": {"train"},
     "files": set(),
     "interop": {"config", "data", "files", "model", "predict"},
-    "log": {"train"},
+    "log": {"files", "train"},
     "model": {"config", "threefry"},
     "optimiser": {"config"},
     "plot": {"calibration", "data", "evidence", "train"},

@@ -216,12 +216,15 @@ def run_example(*flags, example=EXAMPLE.name):
 
 
 def test_the_example_compares_both_arms_on_the_real_data(tmp_path):
-    result = run_example("--epochs", 2, "--seeds", 2, "--train-size", 5000, "--output", tmp_path / "out")
+    places = ("--output", tmp_path / "out", "--log", tmp_path / "log.jsonl")
+    result = run_example("--epochs", 2, "--seeds", 2, "--train-size", 5000, *places)
     assert result.returncode == 0, result.stderr
     cells = [[cell.strip() for cell in line.split("|")] for line in result.stdout.splitlines()]
     assert [row[1:2] for row in cells[2:6]] == [["no dropout"], ["no dropout"], ["dropout 0.2"], ["dropout 0.2"]]
     assert cells[2][2] == "last: 2"
     assert result.stderr.count("epoch ") == 2
+    assert result.stderr.splitlines()[-1] == f"pictures, report and history are in {tmp_path / 'out'}"
+    assert str(tmp_path) not in result.stdout
     assert "dropout raises accuracy" in result.stdout
     assert "weak: 2 seeds" in result.stdout
     names = ["history.json", "losses.png", "prediction.png", "report.json", "report.md", "samples.png"]
@@ -232,6 +235,9 @@ def test_the_example_compares_both_arms_on_the_real_data(tmp_path):
     assert np.shape(results["arms"]["dropout 0.2"]["validation"]["loss"]) == (2, 2)
     assert results["seeds"] == [0, 1]
     assert "test" not in results
+    logged = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    of_dropout = [line["validation_loss"] for line in logged if line["dropout_rate"] == 0.2 and line["seed"] == 1]
+    assert of_dropout == results["arms"]["dropout 0.2"]["validation"]["loss"][1]
     summary = json.loads((tmp_path / "out" / "report.json").read_text())
     assert len(summary["verdicts"]) == 7
     assert np.shape(summary["arms"]["dropout 0.2"]["late_rise"]) == (2,)
@@ -341,6 +347,8 @@ def test_the_sweep_example_chooses_on_a_hold_out_and_tests_once(tmp_path):
     result = run_example(*flags, example="dropout_sweep.py")
     assert result.returncode == 0, result.stderr
     assert "2 seeds are few" in result.stdout
+    assert str(tmp_path) not in result.stdout
+    assert result.stderr.splitlines()[-1] == f"study.png, report.md and history.json are in {tmp_path}"
     results = json.loads((tmp_path / "history.json").read_text())
     assert np.shape(results["arms"]["500 images"]["validation"]["loss"]) == (2, 2, 1)
     assert [row["size"] for row in results["test"]] == [500, 1000]

@@ -398,6 +398,10 @@ def test_classify_trains_and_keeps_a_network(splits, kept):
     assert result.returncode == 1
     assert "bad.png is not a PNG, JPEG or WebP image" in result.stderr
     assert "epoch 3/3" in result.stderr
+    assert all(line.startswith("|") for line in result.stdout.splitlines())
+    trained, pictures = result.stderr.splitlines()[-2:]
+    assert trained.endswith(f"the network is in {model}")
+    assert pictures == f"pictures are in {model.parents[1] / 'out'}"
     network = load_safetensors(model)
     assert network.class_names == CLASS_NAMES
     best = predict(network.params, splits.test.images[:1])[0]

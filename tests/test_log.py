@@ -1,0 +1,283 @@
+"""The epochs' figures as JSON lines: what a line says, what a kill leaves, and what a run that goes on adds."""
+
+import functools
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from fashion_jax import Batch, History, Metrics, TrainConfig, fit
+from fashion_jax.checkpoint import Checkpoints
+from fashion_jax.log import FIGURES, JsonLines
+from fashion_jax.sweep import sweep
+from fashion_jax.train import EpochEnd
+
+ROOT = Path(__file__).parents[1]
+CONFIG = TrainConfig(hidden=(8,))
+
+
+@pytest.fixture(scope="module")
+def tiny(small) -> Batch:
+    return Batch(*(leaf[:50] for leaf in small))
+
+
+@pytest.fixture
+def path(tmp_path) -> Path:
+    return tmp_path / "größe 1" / "log.jsonl"
+
+
+def end(epoch: int, *, rates=(0.2,), lanes: int | None = None, value: float = 0.5) -> EpochEnd:
+    leaf = np.full(() if lanes is None else (len(rates), lanes), value)
+    return EpochEnd(epoch, 9, rates, History(leaf, Metrics(leaf, leaf), Metrics(leaf, leaf)), lambda: None)
+
+
+def refuse_constant(name):
+    raise AssertionError(f"{name} is no JSON")
+
+
+def read(path: Path) -> list[dict]:
+    content = path.read_text()
+    assert content.endswith("\n") or not content
+    return [json.loads(line, parse_constant=refuse_constant) for line in content.splitlines()]
+
+
+def epochs(path: Path, **of) -> list[int]:
+    return [line["epoch"] for line in read(path) if of.items() <= line.items()]
+
+
+def figures(history: History) -> list[np.ndarray]:
+    return [np.asarray(leaf) for leaf in (history.running_loss, *history.train, *history.validation)]
+
+
+def test_a_line_holds_the_figures_of_the_history(tiny, path):
+    with JsonLines(path, seeds=[7], learning_rate=0.003, note="größe\u2028") as log:
+        run = fit(tiny, tiny, key=jax.random.key(7), config=CONFIG, dropout_rate=0.2, epochs=3, on_epoch=log)
+    lines = read(path)
+    assert [list(line.items())[:5] for line in lines] == [
+        [("epoch", i), ("dropout_rate", 0.2), ("seed", 7), ("learning_rate", 0.003), ("note", "größe\u2028")]
+        for i in (1, 2, 3)
+    ]
+    for name, leaf in zip(FIGURES, figures(run.history), strict=True):
+        assert [line[name] for line in lines] == leaf.tolist()
+
+
+def test_a_sweep_has_a_line_a_network(tiny, path):
+    seeds, rates = [3, 5], [0.0, 0.5]
+    with JsonLines(path, seeds=seeds) as log:
+        run = sweep(tiny, tiny, seeds=seeds, dropout_rates=rates, config=CONFIG, epochs=2, on_epoch=log)
+    assert len(read(path)) == 8
+    for name, leaf in zip(FIGURES, figures(run.history), strict=True):
+        for i, rate in enumerate(rates):
+            for j, seed in enumerate(seeds):
+                of_lane = [line for line in read(path) if (line["dropout_rate"], line["seed"]) == (rate, seed)]
+                assert [line["epoch"] for line in of_lane] == [1, 2]
+                assert [line[name] for line in of_lane] == leaf[i, j].tolist()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_stopped_lane_is_null(path, value):
+    row = end(1, lanes=2)
+    row.history.validation.loss[0, 1] = value
+    with JsonLines(path, seeds=[0, 1]) as log:
+        log(row._replace(history=jax.tree.map(lambda leaf: leaf.astype(np.float32), row.history)))
+    assert [line["validation_loss"] for line in read(path)] == [0.5, None]
+
+
+def test_a_line_is_there_at_once(path):
+    with JsonLines(path) as log:
+        for epoch in (1, 2):
+            log(end(epoch))
+            assert epochs(path) == list(range(1, epoch + 1))
+
+
+def test_a_run_that_goes_on_leaves_each_epoch_once(tiny, tmp_path, path):
+    """Also of epochs that were logged and not saved; figures are those of an undisturbed run."""
+    run = functools.partial(
+        sweep, tiny, tiny, seeds=[0, 1], dropout_rates=[0.0, 0.2], config=CONFIG, checkpoint=Checkpoints(tmp_path / "c")
+    )
+    with JsonLines(path, seeds=[0, 1]) as log:
+        run(epochs=3, on_epoch=log)
+        # As if the run had been killed before it saved these.
+        for epoch in (4, 5):
+            log(end(epoch, rates=(0.0, 0.2), lanes=2))
+    with JsonLines(path, seeds=[0, 1]) as log:
+        history = run(epochs=6, on_epoch=log).history
+    for i, rate in enumerate((0.0, 0.2)):
+        for seed in (0, 1):
+            of_lane = [line for line in read(path) if (line["dropout_rate"], line["seed"]) == (rate, seed)]
+            assert [line["epoch"] for line in of_lane] == [1, 2, 3, 4, 5, 6]
+            assert [line["running_loss"] for line in of_lane] == history.running_loss[i, seed].tolist()
+
+
+def test_a_network_that_is_trained_again_gives_way_and_others_stay(path):
+    for entries in ({"run": 1}, {"run": 2}, {"run": 1}, {"run": True}):
+        with JsonLines(path, **entries) as log:
+            for epoch in (1, 2):
+                log(end(epoch))
+    with JsonLines(path, run=1) as log:
+        log(end(1, rates=(0.5,)))
+    assert [(line["run"], line["dropout_rate"], line["epoch"]) for line in read(path)] == [
+        *((2, 0.2, 1), (2, 0.2, 2), (1, 0.2, 1), (1, 0.2, 2), (True, 0.2, 1), (True, 0.2, 2), (1, 0.5, 1)),
+    ]
+
+
+def test_one_log_serves_several_runs_that_differ(path):
+    with JsonLines(path) as log:
+        for rate in (0.0, 0.2):
+            for epoch in (1, 2):
+                log(end(epoch, rates=(rate,)))
+        with pytest.raises(ValueError, match=r"epoch 2 of dropout_rate 0\.2 was logged before.*entries"):
+            log(end(2))
+    assert [(line["dropout_rate"], line["epoch"]) for line in read(path)] == [(0.0, 1), (0.0, 2), (0.2, 1), (0.2, 2)]
+
+
+def test_epochs_that_are_missing_are_told(path, caplog):
+    with JsonLines(path) as log:
+        log(end(1))
+    with JsonLines(path) as log, caplog.at_level(logging.WARNING):
+        log(end(4))
+    assert f"{path} has no line of the epochs from 2 to 3" in caplog.text
+    assert epochs(path) == [1, 4]
+
+
+def test_a_kill_at_any_moment_leaves_whole_lines_and_each_epoch_once(path):
+    code = """
+import sys
+sys.path[:0] = sys.argv[2:]
+from test_log import JsonLines, end
+with JsonLines(sys.argv[1], seeds=range(20)) as log:
+    print("ready", flush=True)
+    for epoch in range(1, 100_000):
+        log(end(epoch, lanes=20))
+"""
+    places = [str(ROOT), str(ROOT / "tests")]
+    command = [sys.executable, "-c", code, str(path), *places]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        process.stdout.readline()
+        while not path.stat().st_size:
+            pass
+        process.send_signal(signal.SIGKILL)
+    found = read(path)
+    assert found
+    assert [line["seed"] for line in found] == [i % 20 for i in range(len(found))]
+    last = found[-1]["epoch"]
+    with JsonLines(path, seeds=range(20)) as log:
+        log(end(last, lanes=20))
+    for seed in range(20):
+        assert epochs(path, seed=seed) == list(range(1, last + 1))
+
+
+@pytest.mark.parametrize("cut", [1, 5, 11, 12, 50, -1])
+def test_a_half_line_is_removed(path, cut):
+    with JsonLines(path) as log:
+        log(end(1))
+        log(end(2))
+    first, second = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(first + second[:cut])
+    with JsonLines(path) as log:
+        assert path.read_bytes() == first
+        log(end(2))
+    assert path.read_bytes() == first + second
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"# Notes\n", "line 1: not a line of such a log"),
+        (b"my notes", "not a log of JSON lines"),
+        (b'{"epoch": 1, "dropout_rate": 0.2}\n\n', "line 2: not a line"),
+        (b'{"epoch": 1, "dropout_rate": 0.2}\n{"epoch": 2, "drop\n', "line 2: not a line"),
+        (b'{"epoch": "one"}\n', "line 1: not a line"),
+        (b"[1, 2]\n", "line 1: not a line"),
+        (b"\x89PNG\r\n", "line 1: not a line"),
+    ],
+)
+def test_other_files_stay_as_they_are(tmp_path, content, message):
+    path = tmp_path / "file"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"{path}.*{message}"):
+        JsonLines(path)
+    assert path.read_bytes() == content
+
+
+def test_places_that_hold_no_log_are_named(tmp_path):
+    with pytest.raises(IsADirectoryError, match=f"this is a directory; name a file to log into: '{tmp_path}'"):
+        JsonLines(tmp_path)
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(OSError, match="no regular file; name a file to log into"):
+        JsonLines(tmp_path / "fifo")
+    (tmp_path / "file").touch()
+    with pytest.raises((FileExistsError, NotADirectoryError), match=r"no log can be written here: '.*file/log'"):
+        JsonLines(tmp_path / "file" / "log")
+    with pytest.raises(OSError, match=r"no log can be written here: '/proc/log.jsonl'"):
+        JsonLines("/proc/log.jsonl")
+
+
+def test_a_second_writer_is_refused(path):
+    with JsonLines(path) as log:
+        log(end(1))
+        with pytest.raises(BlockingIOError, match=f"another process is writing into this log.*{path}"):
+            JsonLines(path)
+        log(end(2))
+    with JsonLines(path) as log:
+        log(end(1))
+        with pytest.raises(BlockingIOError, match="another process"):
+            JsonLines(path)
+    assert epochs(path) == [1]
+
+
+def test_a_full_disk_leaves_whole_lines(path):
+    code = """
+import resource, sys
+sys.path[:0] = sys.argv[2:]
+from test_log import JsonLines, end
+resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))
+with JsonLines(sys.argv[1]) as log:
+    for epoch in range(1, 10):
+        try:
+            log(end(epoch))
+        except OSError as error:
+            print(error)
+"""
+    command = [sys.executable, "-c", code, str(path), str(ROOT), str(ROOT / "tests")]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert f"File too large; the log ends before this line: '{path}'" in result.stdout
+    assert epochs(path) == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"seeds": 3}, TypeError, "seeds must be a sequence of ints, got 3"),
+        ({"seeds": "012"}, TypeError, "seeds must be a sequence of ints, got '012'"),
+        ({"seeds": []}, TypeError, "seeds must be a sequence of ints"),
+        ({"seeds": [1.0]}, TypeError, r"seeds must be ints, got 1\.0"),
+        ({"seeds": [True]}, TypeError, "seeds must be ints, got True"),
+        ({"epoch": 3}, ValueError, "epoch is written into each line already; give this entry another name"),
+        ({"train_loss": 3}, ValueError, "train_loss is written into each line already"),
+        ({"lr": float("nan")}, ValueError, "lr must be finite, got nan"),
+        ({"lr": [1]}, TypeError, r"lr must be text, a number, True, False or None, got \[1\]"),
+        ({"lr": np.float32(1)}, TypeError, "lr must be text, a number"),
+    ],
+)
+def test_bad_arguments_are_named(path, unchecked, options, error, message):
+    with pytest.raises(error, match=message):
+        JsonLines(path, **options)
+    assert not path.exists()
+
+
+def test_seeds_are_those_of_the_lanes(path):
+    with JsonLines(path) as log, pytest.raises(ValueError, match=r"seeds must be given to JsonLines.* has 2, got"):
+        log(end(1, lanes=2))
+    with JsonLines(path, seeds=[0]) as log, pytest.raises(ValueError, match=r"it has 2, got \[0\]"):
+        log(end(1, lanes=2))
+    with pytest.raises(ValueError, match=f"{path}: this log is closed"):
+        log(end(1, lanes=1))
+    assert not read(path)
