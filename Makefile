@@ -41,7 +41,8 @@ check: format lint types test
 format: $(LINT)
 	$(BIN)/ruff format --check .
 
-lint: $(LINT)
+# deptry asks the installed packages which modules are theirs.
+lint: $(LINT) $(TEST)
 	$(BIN)/ruff check .
 	$(BIN)/deptry .
 
