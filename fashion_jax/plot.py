@@ -350,7 +350,7 @@ def confusion(arms: Mapping[str, Int[np.ndarray, "classes classes"]], *, class_n
         percent = 100 * counts / counts.sum(axis=1, keepdims=True).clip(1)
         axes.imshow(percent, cmap="Blues", vmin=0, vmax=100)
         for i, j in np.ndindex(percent.shape):
-            if round(percent[i, j]) >= 1:
+            if percent[i, j] > 0.5:
                 colour = "white" if percent[i, j] > 60 else "black"
                 axes.text(j, i, f"{percent[i, j]:.0f}", ha="center", va="center", fontsize=8, color=colour)
         axes.set_xticks(range(size), labels=class_names, rotation=90, fontsize=8)
