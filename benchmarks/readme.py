@@ -142,6 +142,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "parity": parity,
     "study losses": lambda: table_of("dropout_sweep/report.md", 0),
     "study tested": lambda: table_of("dropout_sweep/report.md", 1),
+    "best tried": lambda: table_of("best_perceptron/report.md", 0),
+    "best": lambda: table_of("best_perceptron/report.md", 1),
     "calibration": lambda: table_of("calibration/report.md", 0),
     "calibration differences": lambda: table_of("calibration/report.md", 1),
     "entropies": lambda: table_of("calibration/report.md", 2),
