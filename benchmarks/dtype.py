@@ -26,7 +26,7 @@ class Flags:
     batch_size: int = 256
     """Examples of a training step."""
     rate: float = 0.2
-    """Dropout rate."""
+    """Dropout rate of all networks, in [0, 1)."""
     seeds: int = 8
     """Number of seeds that are trained to the end."""
     epochs: int = 20

@@ -50,8 +50,7 @@ class Progress:
         self._epochs = epochs
         self._done = self._skipped = self._last = 0
         self._start = time.monotonic()
-        in_notebook = "ipykernel" in sys.modules
-        self._bar = tqdm(total=epochs, unit="epoch", file=file) if in_notebook or self._file.isatty() else None
+        self._bar = tqdm(total=epochs, unit="epoch", file=file) if _in_notebook() or self._file.isatty() else None
 
     def __enter__(self) -> "Progress":
         return self
@@ -225,6 +224,11 @@ class JsonLines:
             with contextlib.suppress(OSError):
                 self._file.truncate(size)
             raise OSError(error.errno, f"{error.strerror}; the log ends before this line", str(self._path)) from error
+
+
+def _in_notebook() -> bool:
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    return shell is not None and "IPKernelApp" in shell.config
 
 
 def _check_seeds(seeds) -> list[int]:

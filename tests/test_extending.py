@@ -84,9 +84,10 @@ def test_a_new_data_set_with_other_classes(small):
 
 
 def test_a_convolutional_network(small, tmp_path):
+    small = Batch(small.images[:640], small.labels[:640])
     config = TrainConfig(model=Convolutional)
-    run = sweep(small, small, seeds=[0, 1], dropout_rates=[0.0, 0.5], config=config, epochs=3)
-    assert (run.history.validation.accuracy > 0.6).all()
+    run = sweep(small, small, seeds=[0, 1], dropout_rates=[0.0, 0.5], config=config, epochs=2)
+    assert (run.history.validation.accuracy[..., -1] > 0.4).all()
     lane = jax.tree.map(lambda leaf: leaf[1, 0], run.state.params)
     rows = predict(lane, small.images[:40], config=config)
     by_lanes = predict_mc(lane, small.images[:40], key=KEY, samples=50, dropout_rate=0.5, config=config)
@@ -99,6 +100,7 @@ def test_a_convolutional_network(small, tmp_path):
 
 
 def test_a_run_of_ones_own_parts_goes_on_from_a_checkpoint(small, tmp_path):
+    small = Batch(small.images[:320], small.labels[:320])
     wide = functools.partial(Convolutional, width=4)
     config = TrainConfig(model=wide, loss=focal_loss, optimiser=optax.lion, learning_rate=3e-4, average_decay=0.9)
     arguments = {"key": KEY, "config": config, "dropout_rate": 0.2}
