@@ -9,7 +9,7 @@ if "$python" -m fashion_jax.data; then
 fi
 command -v apt-get >/dev/null && command -v dpkg-deb >/dev/null || exit 1
 
-echo "fetching Debian's package dataset-fashion-mnist instead" >&2
+echo "nothing to do about that yet: fetching Debian's package dataset-fashion-mnist, which holds the same files" >&2
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/fashion_jax
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT INT TERM
