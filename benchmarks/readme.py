@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 
 from benchmarks import harness
-from fashion_jax import files, report
+from fashion_jax import evidence, files, report
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 RECORD = ROOT / "benchmarks" / "records" / "2026-11-24-amd-epyc-2-cores"
-BLOCK = re.compile(r"(<!-- table: ([\w ]+) -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- table: ([\w' ]+) -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
 # From five PyTorch runs and 8 seeds of a prototype.
 BANDS = (
     ("no dropout", "running training loss", "0.185-0.193"),
@@ -125,6 +125,34 @@ def images_a_second() -> str:
     return report.markdown(rows)
 
 
+def rivals(measure: str) -> str:
+    """What each rival reaches in each situation, on the test set."""
+    found = json.loads((RECORD / "when_dropout_helps" / "report.json").read_text())["test"]
+    rows: list[tuple[str, ...]] = [("rival", *found)]
+    for rival in next(iter(found.values())):
+        cells = (str(evidence.interval(np.array(of[rival][measure]))).replace("+", "") for of in found.values())
+        rows.append((rival, *cells))
+    return report.markdown(rows)
+
+
+def types() -> str:
+    """What each type takes, and what bfloat16 changes."""
+    rows: list[tuple[str, ...]] = [
+        ("network, matrix products in", "s per training epoch: median (min-max)", "speed-up")
+    ]
+    for row in rows_of("dtype"):
+        spread = f"{row['median (s)']:.2f} ({row['min (s)']:.2f}-{row['max (s)']:.2f})"
+        ratio = row.get("x float32")
+        rows.append((row["program"], spread, "" if ratio is None else f"{ratio:.2f}"))
+    return report.markdown(rows)
+
+
+def differences_of_types() -> str:
+    """What bfloat16 changes on the hold-out."""
+    found = json.loads((RECORD / "dtype.json").read_text())["differences"]
+    return report.markdown([("hold-out", "mean and 95% interval"), *found.items()])
+
+
 def saving() -> str:
     """What checkpoints add to a run."""
     rows: list[tuple[str, ...]] = [("program", "s: median (min-max)", "added")]
@@ -142,8 +170,13 @@ TABLES: dict[str, Callable[[], str]] = {
     "parity": parity,
     "study losses": lambda: table_of("dropout_sweep/report.md", 0),
     "study tested": lambda: table_of("dropout_sweep/report.md", 1),
+    "rivals' accuracy": lambda: rivals("accuracy"),
+    "rivals' loss": lambda: rivals("loss"),
+    "rivals' calibration": lambda: rivals("calibration_error"),
     "best tried": lambda: table_of("best_perceptron/report.md", 0),
     "best": lambda: table_of("best_perceptron/report.md", 1),
+    "types": types,
+    "differences of types": differences_of_types,
     "calibration": lambda: table_of("calibration/report.md", 0),
     "calibration differences": lambda: table_of("calibration/report.md", 1),
     "entropies": lambda: table_of("calibration/report.md", 2),

@@ -185,7 +185,7 @@ def main(flags: Flags) -> int:
     files.write_atomically(flags.output / "report.json", json.dumps(results, indent=1, default=str) + "\n")
     files.write_atomically(flags.output / "report.md", "\n\n".join(sections) + "\n")
     png = io.BytesIO()
-    plot.rivals(scores, measures=MEASURES).savefig(png, format="png", dpi=110)
+    plot.rivals(scores, measures=MEASURES | {"loss": "NLL (nats)"}).savefig(png, format="png", dpi=110)
     files.write_atomically(flags.output / "rivals.png", png.getvalue())
     print(f"rivals.png, report.md and report.json are in {flags.output}", file=sys.stderr)
     return 0

@@ -398,8 +398,10 @@ def rivals(situations: Mapping[str, Mapping[str, Scores]], *, measures: Mapping[
             axes.set_xlabel(label)
             axes.grid(axis="x", alpha=0.3)
             axes.set_yticks(range(len(names)), labels=names)
+            axes.xaxis.set_major_locator(MaxNLocator(4))
         row[0].set_title(title, loc="left", fontsize=10)
-        row[0].invert_yaxis() if row is grid[0] else None
+    # The rows share one vertical axis.
+    grid[0, 0].invert_yaxis()
     return figure
 
 

@@ -94,6 +94,7 @@ def test_the_rivals_figure_shows_each_seed_and_interval():
     scores = jax.tree.map(lambda leaf: np.stack([leaf, leaf + 1, leaf + 2]), one)
     situations = {"few": {"nothing": scores, "dropout": scores}, "many": {"nothing": scores, "dropout": scores}}
     figure = plot.rivals(situations, measures={"accuracy": "accuracy", "loss": "NLL"})
+    assert all(axes.yaxis.get_inverted() for axes in figure.axes), "the first rival is on top"
     assert len(figure.axes) == 4
     points, bar, mean, *_ = figure.axes[1].lines
     np.testing.assert_array_equal(points.get_xdata(), scores.loss)
