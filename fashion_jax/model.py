@@ -64,6 +64,8 @@ class Dropout(nn.Module):
 
     Attributes:
         rate: Share of entries to drop, in [0, 1).
+        after_relu: The input is the output of a ReLU, whose zeros pass no gradient on. The backward pass then tells
+            from the output what was dropped; otherwise a compiler may draw the mask there a second time.
 
     Raises:
         ValueError: A concrete rate is outside [0, 1).
@@ -75,6 +77,7 @@ class Dropout(nn.Module):
     """
 
     rate: float | Float[Array, ""]
+    after_relu: bool = False
 
     def __post_init__(self) -> None:
         check_rate(self.rate, "rate")
@@ -85,8 +88,8 @@ class Dropout(nn.Module):
         """Apply dropout to `x`, or return it as it is when `deterministic`."""
         if deterministic:
             return x
-        keep = self.keep_mask(x.shape)
-        return jnp.where(keep, x / (1 - self.rate), 0)
+        select = _select_after_relu if self.after_relu else _select
+        return select(self.keep_mask(x.shape), x / (1 - self.rate))
 
     def keep_mask(self, shape: tuple[int, ...]) -> Bool[Array, "*shape"]:
         """Draw which entries stay, from the "dropout" stream of random numbers."""
@@ -146,7 +149,7 @@ class FashionMLP(nn.Module):
             x = Dropout(self.input_dropout, name="dropout0")(x, deterministic=deterministic)
         for i, units in enumerate(self.hidden, start=1):
             x = nn.relu(_linear(x, units, self.dtype, f"fc{i}"))
-            x = Dropout(self.dropout_rate, name=f"dropout{i}")(x, deterministic=deterministic)
+            x = Dropout(self.dropout_rate, after_relu=True, name=f"dropout{i}")(x, deterministic=deterministic)
         return nn.log_softmax(_linear(x, self.classes, self.dtype, f"fc{len(self.hidden) + 1}"))
 
 
@@ -285,6 +288,19 @@ def summary(model: nn.Module, image_shape: Sequence[int] = (28, 28)) -> str:
         console_kwargs={"width": 110, "force_terminal": False, "force_jupyter": False},
     )
     return table(images, deterministic=True)
+
+
+def _select(keep, x):
+    return jnp.where(keep, x, 0)
+
+
+_select_after_relu = jax.custom_jvp(_select)
+
+
+@_select_after_relu.defjvp
+def _select_after_relu_jvp(primals, tangents):
+    y = _select_after_relu(*primals)
+    return y, jnp.where(y != 0, tangents[1], 0)
 
 
 def _linear(x, features: int, dtype: str | None, name: str):

@@ -140,6 +140,25 @@ def test_the_rate_may_be_traced():
     np.testing.assert_array_equal(batched[1], dropout(x, 0.2))
 
 
+@pytest.mark.parametrize("rate", [0.0, 0.2])
+def test_after_a_relu_the_gradients_are_the_same_bit_for_bit(rate):
+    x = jax.random.normal(KEY, (64, 256)).at[0].set(0.0)
+    weights = jax.random.normal(jax.random.key(1), x.shape)
+
+    def derivatives(after_relu):
+        def layers(x, rate):
+            layer = Dropout(rate, after_relu)
+            return layer.apply({}, jax.nn.relu(x), deterministic=False, rngs={"dropout": KEY})
+
+        backward = jax.grad(lambda x, rate: (weights * layers(x, rate)).sum(), argnums=(0, 1))(x, rate)
+        forward = jax.jvp(layers, (x, rate), (weights, 1.0))
+        return backward, forward
+
+    derived = derivatives(after_relu=True)
+    jax.tree.map(np.testing.assert_array_equal, derived, derivatives(after_relu=False))
+    assert all(leaf.any() for leaf in jax.tree.leaves(derived))
+
+
 @pytest.mark.parametrize("rate", [-0.2, 1.0, 1.5, math.nan, math.inf, np.float32(1), jnp.array(-0.1)])
 def test_rates_outside_the_range_are_refused(rate, unchecked):
     with pytest.raises(ValueError, match=r"must lie in \[0, 1\)"):
