@@ -454,8 +454,9 @@ def _read_tfds(place: Path) -> Splits:
     arrays, origin = {}, {}
     for split, stem in (("train", "train"), ("test", "t10k")):
         try:
-            source = tfds.data_source("fashion_mnist", split=split, data_dir=place, download=False)
-            examples = list(source)
+            source: Any = tfds.data_source("fashion_mnist", split=split, data_dir=place, download=False)
+            # All in one call: record by record, array_record reads a fifth slower.
+            examples = source.__getitems__(range(len(source)))
         except Exception as error:  # Each layer of TFDS has its own errors for a damaged record.
             raise ValueError(f"{place}/fashion_mnist: TFDS cannot read the split {split!r}: {error}") from error
         # TFDS stores examples in the order of their keys' hashes; the keys count the examples as published.
@@ -483,7 +484,9 @@ def _fill_cache(splits: Splits) -> None:
 def _from_download(directory: Path | None) -> Splits:
     place = prepare_directory(_tfds_dirs(directory)[0])
     with locked(place):
-        if splits := _from_tfds(place):
+        prepared = any(place.glob("fashion_mnist/[0-9]*/dataset_info.json"))
+        # Who prepared it has cached the arrays too, which are read in a fraction of the time.
+        if prepared and (splits := _from_idx(None) or _from_tfds(place)):
             _log.info("another process has prepared it meanwhile")
             return splits
         if reason := _unreachable(URL):

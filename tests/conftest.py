@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jaxtyping
 import pytest
-from sources import finish, idx_bytes, start_load
+from sources import idx_bytes
 
 from fashion_jax import Run, data, fit
 
@@ -82,24 +82,6 @@ def server(gzip_dir):
         threading.Thread(target=host.serve_forever, daemon=True).start()
         yield Host(f"http://127.0.0.1:{host.server_port}/", requests)
         host.shutdown()
-
-
-class Prepared(NamedTuple):
-    """The home of a user whose four processes have downloaded and prepared the data set, and how they ended."""
-
-    home: Path
-    ends: list
-    requests: list[str]
-
-
-@pytest.fixture(scope="session")
-def prepared(server, tmp_path_factory) -> Prepared:
-    home = tmp_path_factory.mktemp("prepared") / "größe 1 データ"
-    home.mkdir()
-    processes = [start_load(home, url=server.url, source="download") for _ in range(4)]
-    ends = [finish(process) for process in processes]
-    assert [end.returncode for end in ends] == [0] * 4, ends
-    return Prepared(home, ends, list(server.requests))
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import gzip
 import logging
-import shutil
 import socket
 import subprocess
 import sys
@@ -11,7 +10,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from sources import replace, run_load
+from sources import replace
 
 from fashion_jax import Batch, data
 
@@ -159,51 +158,6 @@ def test_a_host_that_never_answers(nothing, monkeypatch):
         with pytest.raises(FileNotFoundError, match="does not answer"):
             data.load()
         assert time.monotonic() - start < 5
-
-
-def test_tfds_downloads_and_prepares_without_tensorflow(prepared, splits, nothing, monkeypatch):
-    assert sorted(path.suffix for path in prepared.home.glob("tensorflow_datasets/fashion_mnist/3.0.1/*record*")) != []
-    monkeypatch.setenv("HOME", str(prepared.home))
-    assert {path.name for path in data.cache_dir().iterdir()} == data.DIGESTS.keys()
-    # The published digests hold for what was cached, so the order is the published one too.
-    assert_same(data.load(source="idx"), splits)
-
-
-def test_stock_tfds_reads_what_was_prepared(prepared):
-    code = f"""
-import tensorflow_datasets as tfds
-source = tfds.data_source("fashion_mnist", split="test", data_dir="{prepared.home}/tensorflow_datasets", download=False)
-assert len(source) == 10_000 and source[0]["image"].shape == (28, 28, 1)
-"""
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
-
-
-def test_a_prepared_directory_is_read_and_cached(prepared, tmp_path):
-    place = prepared.home / "tensorflow_datasets"
-    result = run_load(tmp_path, data_dir=place)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout == "(60000, 28, 28) int32\n"
-    assert f"Fashion-MNIST from the TFDS data set in {place}" in result.stderr
-    again = run_load(tmp_path, data_dir=place)
-    assert f"from the IDX files in {tmp_path}/.cache/fashion_jax" in again.stderr
-
-
-@pytest.mark.parametrize("damage", ["flip", "truncate"])
-def test_a_damaged_record_file_is_found(prepared, tmp_path, damage):
-    place = tmp_path / "tfds"
-    shutil.copytree(prepared.home / "tensorflow_datasets" / "fashion_mnist", place / "fashion_mnist")
-    record = next(place.glob("fashion_mnist/*/*test.array_record*"))
-    content = bytearray(record.read_bytes())
-    if damage == "flip":
-        content[len(content) // 2] ^= 1
-    else:
-        del content[len(content) // 2 :]
-    record.write_bytes(content)
-    result = run_load(tmp_path, source="tfds", data_dir=place)
-    assert result.returncode != 0
-    assert "ValueError" in result.stderr.splitlines()[-1] or "ValueError" in result.stderr
-    assert f"{place}/fashion_mnist" in result.stderr
-    assert not (tmp_path / ".cache").exists()
 
 
 def test_the_command_reports_what_is_there(idx_dir, nothing, capsys):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from sources import idx_bytes, replace, run_load
+from sources import idx_bytes, replace
 
 from fashion_jax import data
 from fashion_jax.files import locked, prepare_directory, remove_partial, scratch_directory, write_atomically
@@ -303,63 +303,11 @@ def test_a_shape_that_no_array_has_is_refused(tmp_path):
 # The cache, TFDS, and processes at once
 
 
-def test_four_processes_at_once_from_nothing_make_one_copy(prepared):
-    downloads = [end for end in prepared.ends if "downloading Fashion-MNIST" in end.stderr]
-    assert len(downloads) == 1
-    assert sorted(line.split()[1] for line in prepared.requests if line.startswith("GET")) == sorted(
-        f"/{name}.gz" for name in data.DIGESTS
-    )
-    assert [end.stdout.splitlines()[-1] for end in prepared.ends] == ["(60000, 28, 28) int32"] * 4
-    assert names(prepared.home / "tensorflow_datasets") == ["fashion_mnist"]
-    assert names(prepared.home / "tensorflow_datasets" / "fashion_mnist") == ["3.0.1"]
-    assert names(prepared.home / ".cache" / "fashion_jax") == sorted(data.DIGESTS)
-
-
-def test_a_damaged_or_half_written_cache_is_rebuilt(prepared, idx_dir, tmp_path):
-    """From TFDS, while a writer that was killed has left something as well."""
-    cache = tmp_path / ".cache" / "fashion_jax"
-    cache.mkdir(parents=True)
-    (cache / IMAGES).write_bytes((idx_dir / IMAGES).read_bytes()[:1000])
-    (cache / LABELS).write_bytes((idx_dir / LABELS).read_bytes())
-    (cache / f".{TEST_IMAGES}-0123abcd.partial").touch()
-    result = run_load(tmp_path, data_dir=prepared.home / "tensorflow_datasets")
-    assert result.returncode == 0, result.stderr
-    assert names(cache) == sorted(data.DIGESTS)
-    for name in data.DIGESTS:
-        assert (cache / name).read_bytes() == (idx_dir / name).read_bytes()
-
-
-def test_a_full_disk_costs_only_the_cache(prepared, tmp_path):
-    result = run_load(tmp_path, data_dir=prepared.home / "tensorflow_datasets", largest_file=40_000_000)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines()[-1] == "(60000, 28, 28) int32"
-    assert "the arrays were not cached, so the next load takes as long: [Errno 27] File too large" in result.stderr
-    assert not names(tmp_path / ".cache" / "fashion_jax")
-
-
 def test_a_file_where_the_cache_should_be_costs_only_the_cache(nothing, splits, caplog):
     (nothing / "home").mkdir()
     (nothing / "home" / ".cache").touch()
     data._fill_cache(splits)
     assert "the arrays were not cached, so the next load takes as long: [Errno 20] Not a directory" in caplog.text
-
-
-def test_a_full_disk_while_preparing_leaves_nothing(server, tmp_path):
-    result = run_load(tmp_path, url=server.url, source="download", largest_file=4_000_000)
-    assert result.returncode == 1
-    assert "TFDS cannot prepare the data set: " in result.stderr
-    assert "File too large" in result.stderr
-    assert names(tmp_path) == ["tensorflow_datasets"]
-    assert not names(tmp_path / "tensorflow_datasets")
-
-
-def test_what_tfds_has_not_finished_is_no_data_set(prepared, nothing, monkeypatch):
-    place = nothing / "home" / "tensorflow_datasets" / "fashion_mnist"
-    place.mkdir(parents=True)
-    version = prepared.home / "tensorflow_datasets" / "fashion_mnist" / "3.0.1"
-    (place / "incomplete.ABC123_3.0.1").symlink_to(version)
-    with pytest.raises(FileNotFoundError, match="Any of these helps"):
-        data.load(source="tfds")
 
 
 def test_files_that_may_not_be_read(open_dir, idx_dir):
