@@ -1,5 +1,6 @@
 import gzip
 import hashlib
+import os
 import socket
 import threading
 from functools import partial
@@ -16,6 +17,20 @@ from fashion_jax import Run, data, fit
 
 # Silent broadcasting between ranks hides mistakes: a loss of shape [n, n] still averages to a number.
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled_once(tmp_path_factory):
+    """Let the processes that tests start share what they compile, which is most of their time.
+
+    Those of all workers: their directories are beside each other. This process has read its environment already.
+    """
+    own = tmp_path_factory.getbasetemp()
+    shared = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "compiled"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(shared))
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+        yield
 
 
 @pytest.fixture(scope="session")
