@@ -37,6 +37,8 @@ def uniform(key: Key[Array, ""], shape: tuple[int, ...]) -> Float32[Array, "..."
     return (mantissa.astype(jnp.float32) * 2.0**-23).reshape(shape)
 
 
+# A jitted function of its own is traced once for a size, not once for each layer and program.
+@jax.jit
 def _threefry_2x32(key, count):
     """Encrypt the 64-bit counters (0, count) with a key of two words."""
     schedule = (key[0], key[1], key[0] ^ key[1] ^ jnp.uint32(_PARITY))

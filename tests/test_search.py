@@ -106,18 +106,22 @@ def test_the_rivals_figure_shows_each_seed_and_interval():
 
 
 def test_the_rivals_example_chooses_on_a_hold_out_and_tests_once(tmp_path):
-    flags = ("--sizes", 500, "--epochs", 2, "--width", 8, "--seeds", 2, "--output", tmp_path)
+    # So few images that the network overfits long before the last epoch.
+    flags = ("--sizes", 100, "--epochs", 60, "--width", 64, "--seeds", 2, "--output", tmp_path)
     result = run_example("when_dropout_helps.py", *flags, "--rivals", "nothing", "dropout")
     assert result.returncode == 0, result.stderr
     assert "2 seeds are few" in result.stdout
     assert "Of 8 intervals of 95%, 0.4 are expected to miss the truth." in result.stdout
     results = json.loads((tmp_path / "report.json").read_text())
-    assert list(results["test"]) == ["500 images", "500 images, augmented"]
+    assert list(results["test"]) == ["100 images", "100 images, augmented"]
     for title, tried in results["tried"].items():
         assert {len(of) for of in tried.values()} == {3}
         for rival, of in tried.items():
             assert of[results["chosen"][title][rival]] == max(of.values())
     assert all(len(of["accuracy"]) == 2 for rivals in results["test"].values() for of in rivals.values())
+    of_rivals = results["test"]["100 images"]
+    stopped, last = (np.array(of_rivals[rival]["loss"]) for rival in ("early stopping", "nothing"))
+    assert (stopped < last - 0.01).all()
     assert (tmp_path / "rivals.png").read_bytes().startswith(b"\x89PNG")
     refused = run_example("when_dropout_helps.py", "--sizes", 500, 600, "--output", tmp_path)
     assert refused.returncode == 1
