@@ -13,8 +13,8 @@ from pathlib import Path
 from fashion_jax import data
 logging.basicConfig(format="%(message)s")
 logging.getLogger("fashion_jax").setLevel(logging.INFO)
-url, source, data_dir, limit = sys.argv[1:]
-data.URL, data.DEBIAN_DIR = url, Path("/no/such")
+url, source, data_dir, limit, debian = sys.argv[1:]
+data.URL, data.DEBIAN_DIR = url, Path(debian)
 if limit:
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))
 splits = data.load(data_dir or None, source=source)
@@ -32,11 +32,17 @@ def replace(path: Path, content: bytes):
 
 
 def start_load(
-    home: Path, *, url="http://127.0.0.1:9/", source="auto", data_dir: Path | None = None, largest_file=None
+    home: Path,
+    *,
+    url="http://127.0.0.1:9/",
+    source="auto",
+    data_dir: Path | None = None,
+    largest_file=None,
+    debian="/no/such",
 ):
     """Start a process that loads. TFDS warns of its own and of its dependencies' futures while it is imported."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("XDG", "TFDS", "FASHION"))}
-    arguments = [url, source, str(data_dir or ""), str(largest_file or "")]
+    arguments = [url, source, str(data_dir or ""), str(largest_file or ""), str(debian)]
     return subprocess.Popen(
         [sys.executable, "-c", CODE, *arguments],
         env=environment | {"HOME": str(home)},

@@ -300,7 +300,7 @@ def test_a_shape_that_no_array_has_is_refused(tmp_path):
         data.read_idx(path)
 
 
-# The cache, TFDS, and processes at once
+# The cache
 
 
 def test_a_file_where_the_cache_should_be_costs_only_the_cache(nothing, splits, caplog):

@@ -69,6 +69,14 @@ def test_a_prepared_directory_is_read_and_cached(prepared, tmp_path):
         assert f"from the IDX files in {tmp_path}/.cache/fashion_jax" in again.stderr
 
 
+def test_who_asks_for_the_download_gets_past_damaged_files(prepared, copy, tmp_path):
+    (copy / TEST_IMAGES).unlink()
+    place = prepared.home / "tensorflow_datasets"
+    result = run_load(tmp_path, source="download", data_dir=place, debian=copy)
+    assert result.returncode == 0, result.stderr
+    assert f"Fashion-MNIST from the TFDS data set in {place}" in result.stderr
+
+
 @pytest.mark.parametrize("damage", ["flip", "truncate"])
 def test_a_damaged_record_file_is_found(prepared, tmp_path, damage):
     place = tmp_path / "tfds"
