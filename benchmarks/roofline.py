@@ -77,6 +77,9 @@ def without(part: str):
         "dropout's random numbers": lambda: mock.patch.object(
             model, "uniform", lambda key, shape: jnp.full(shape, 0.5)
         ),
+        "shuffling and gathering": lambda: mock.patch.object(
+            train, "_rows", lambda batch, indices: jax.tree.map(lambda leaf: leaf[: len(indices)], batch)
+        ),
         "nothing": contextlib.nullcontext,
     }
     jax.clear_caches()
@@ -104,27 +107,13 @@ def main(flags: Flags) -> None:
             compiled = program.lower(state, data, key).compile(compiler_options=options)
         return lambda: jax.block_until_ready(compiled(state, data, key))
 
-    def fixed_batch():
-        batch = Batch(data.images[: flags.batch_size], data.labels[: flags.batch_size])
-        weights = jnp.ones(flags.batch_size)
-
-        @jax.jit
-        def run(state):
-            def step(state, key):
-                return train_step(state, batch, key, config=config, dropout_rate=0.2, weights=weights)
-
-            return jax.lax.scan(step, state, jax.random.split(key, steps))[0]
-
-        state = init_state(key, config=config)
-        return lambda: jax.block_until_ready(run(state))
-
     state = init_state(key, config=config)
     evaluation = jax.jit(lambda params: [evaluate(params, part, config=config) for part in (train_eval, test)])
     programs = {
         "training epoch, whole": epoch("nothing"),
         "without Adam (plain gradient descent)": epoch("Adam"),
         "without dropout's random numbers": epoch("dropout's random numbers"),
-        "without shuffling and gathering (one batch, again and again)": fixed_batch(),
+        "without shuffling and gathering (one batch, again and again)": epoch("shuffling and gathering"),
         "with no matrix product handed to YNNPACK": epoch("nothing", WITHOUT_YNNPACK),
         "the matrix products alone": matrix_products(config, steps),
         "both evaluations alone (20,000 images)": lambda: jax.block_until_ready(evaluation(state.params)),

@@ -18,9 +18,12 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Key, UInt8
 
 from fashion_jax.config import TrainConfig
-from fashion_jax.threefry import uniform
+from fashion_jax.threefry import is_threefry, uniform
 
 Params = dict[str, Any]
+
+# Flax's collection of masks that were drawn ahead.
+_MASKS = "masks"
 
 
 def check_rate(rate: Any, name: str = "dropout_rate") -> None:
@@ -92,8 +95,14 @@ class Dropout(nn.Module):
         return select(self.keep_mask(x.shape), x / (1 - self.rate))
 
     def keep_mask(self, shape: tuple[int, ...]) -> Bool[Array, "*shape"]:
-        """Draw which entries stay, from the "dropout" stream of random numbers."""
-        return uniform(self.make_rng("dropout"), shape) >= self.rate
+        """Draw which entries stay, from the "dropout" stream of random numbers, if `draw_masks` has not done so."""
+
+        def draw():
+            return uniform(self.make_rng("dropout"), shape) >= self.rate
+
+        # While a network is initialised, Flax makes every collection; no mask belongs among the initial variables.
+        ahead = self.is_mutable_collection(_MASKS) and not self.is_initializing()
+        return self.variable(_MASKS, "keep", draw).value if ahead or self.has_variable(_MASKS, "keep") else draw()
 
 
 class FashionMLP(nn.Module):
@@ -172,6 +181,38 @@ def build_model(config: TrainConfig, dropout_rate: float | Float[Array, ""] = 0.
     if not isinstance(model, nn.Module):
         raise TypeError(f"config.model must give a flax.linen.Module when called with dropout_rate, got {model!r}")
     return model
+
+
+def draw_masks(
+    params: Params, key: Key[Array, ""], n: int, *, config: TrainConfig, dropout_rate: float | Float[Array, ""]
+) -> dict[str, Any]:
+    """Draw the dropout masks that the network would draw for n examples, so that many steps' can be drawn together.
+
+    Args:
+        params: The model's parameters; the masks do not depend on them.
+        key: The step's key.
+        n: Number of examples.
+        config: What the network is.
+        dropout_rate: Share of hidden units to drop; may be a traced value.
+
+    Returns:
+        The variables to apply the network with, beside its parameters. Empty if the network has to draw for itself:
+        `config.model` may compute its rates from its parameters, which are not known ahead, and generators other than
+        Threefry draw other numbers under `jax.vmap`.
+
+    >>> config = TrainConfig(hidden=(32,))
+    >>> key = jax.random.key(0)
+    >>> masks = draw_masks(init_params(key, config), key, 64, config=config, dropout_rate=0.2)
+    >>> jax.tree.map(jnp.shape, masks)
+    {'masks': {'dropout1': {'keep': (64, 32)}}}
+    """
+    if config.model is not None or not is_threefry(key):
+        return {}
+    images = jnp.zeros((n, *config.image_shape), jnp.uint8)
+    _, masks = build_model(config, dropout_rate).apply(
+        {"params": params}, images, deterministic=False, rngs={"dropout": key}, mutable=[_MASKS]
+    )
+    return cast(dict[str, Any], masks)
 
 
 def init_params(key: Key[Array, ""], config: TrainConfig) -> Params:

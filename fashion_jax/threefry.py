@@ -13,6 +13,15 @@ _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _PARITY = 0x1BD11BDA
 
 
+def is_threefry(key: Key[Array, "*shape"]) -> bool:
+    """Tell whether a key is for JAX's default generator, the one whose draws are the same under `jax.vmap`.
+
+    >>> is_threefry(jax.random.key(0)), is_threefry(jax.random.key(0, impl="rbg"))
+    (True, False)
+    """
+    return str(jax.random.key_impl(key)) == "threefry2x32"
+
+
 def uniform(key: Key[Array, ""], shape: tuple[int, ...]) -> Float32[Array, "..."]:
     """Draw float32 numbers from U[0, 1): the same as `jax.random.uniform(key, shape, jax.numpy.float32)`.
 
@@ -30,7 +39,7 @@ def uniform(key: Key[Array, ""], shape: tuple[int, ...]) -> Float32[Array, "..."
     """
     size = int(np.prod(shape, dtype=np.int64))
     counts_differ = not getattr(jax.config, "jax_threefry_partitionable", True)
-    if str(jax.random.key_impl(key)) != "threefry2x32" or counts_differ or size >= 2**32:
+    if not is_threefry(key) or counts_differ or size >= 2**32:
         return jax.random.uniform(key, shape, jnp.float32)
     high, low = _threefry_2x32(jax.random.key_data(key), jnp.arange(size, dtype=jnp.uint32))
     mantissa = (high ^ low) >> 9

@@ -8,6 +8,7 @@ numbers are folded in, so that a run can go on from nothing but its seed and its
 import contextlib
 import functools
 import logging
+import math
 import os
 import signal
 import time
@@ -25,7 +26,7 @@ from fashion_jax.augment import augment
 from fashion_jax.checkpoint import Checkpoints, Store, content_digest
 from fashion_jax.config import TrainConfig
 from fashion_jax.data import Batch, check_batch, check_key, subset
-from fashion_jax.model import Params, build_model, check_rate, init_params
+from fashion_jax.model import Params, build_model, check_rate, draw_masks, init_params
 from fashion_jax.optimiser import build_optimiser
 from fashion_jax.signals import noting_signals
 
@@ -246,11 +247,11 @@ def train_step(
     (1, ())
     """
     _check_step(key, config, dropout_rate)
-    return _train_step(state, batch, key, weights, dropout_rate, config=config)
+    return _train_step(state, batch, key, weights, dropout_rate, {}, config=config)
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def _train_step(state, batch, key, weights, dropout_rate, *, config):
+def _train_step(state, batch, key, weights, dropout_rate, masks, *, config):
     _check_data(batch, "batch", config)
     if weights is None:
         weights = jnp.ones(len(batch.labels), jnp.result_type(float))
@@ -260,7 +261,8 @@ def _train_step(state, batch, key, weights, dropout_rate, *, config):
     images = augment(batch.images, key, config)
 
     def mean_loss(params):
-        log_probs = model.apply({"params": params}, images, deterministic=False, rngs={"dropout": key})
+        variables = {"params": params, **masks}
+        log_probs = model.apply(variables, images, deterministic=False, rngs={"dropout": key})
         totals = _totals(log_probs, batch.labels, weights, _training_loss(config))
         metrics = jax.tree.map(lambda total: total / weights.sum(), totals)
         return metrics.loss, metrics
@@ -384,12 +386,35 @@ def _train_epoch(state, train, key, dropout_rate, *, config):
     step_keys = jax.vmap(functools.partial(jax.random.fold_in, epoch_key))(jnp.arange(steps))
 
     def step(state, inputs):
-        indices, weights, key = inputs
-        batch = jax.tree.map(lambda leaf: leaf[indices], train)
-        state, metrics = train_step(state, batch, key, config=config, dropout_rate=dropout_rate, weights=weights)
+        indices, weights, key, masks = inputs
+        state, metrics = _train_step(state, _rows(train, indices), key, weights, dropout_rate, masks, config=config)
         return state, metrics.loss
 
-    return jax.lax.scan(step, state, (indices, weights, step_keys))
+    def stretch(state, inputs):
+        draw = functools.partial(
+            draw_masks, state.params, n=config.batch_size, config=config, dropout_rate=dropout_rate
+        )
+        return jax.lax.scan(step, state, (*inputs, jax.vmap(draw)(inputs[-1])))
+
+    length = _steps_in_a_stretch(steps, config)
+    inputs = jax.tree.map(lambda leaf: leaf.reshape(-1, length, *leaf.shape[1:]), (indices, weights, step_keys))
+    state, losses = jax.lax.scan(stretch, state, inputs)
+    return state, losses.reshape(steps)
+
+
+def _rows(batch: Batch, indices):
+    return jax.tree.map(lambda leaf: leaf[indices], batch)
+
+
+def _steps_in_a_stretch(steps: int, config: TrainConfig) -> int:
+    """Tell for how many steps to draw masks together: a divisor of all, so that none is left over.
+
+    A step's own masks are so few that waking a second core for them costs more than it saves; beyond some megabytes
+    the masks push the weights out of the cache.
+    """
+    units = sum(config.hidden) + (math.prod(config.image_shape) if config.input_dropout else 0)
+    most = max(1, 2**21 // max(1, config.batch_size * units))
+    return max(divisor for divisor in range(1, min(most, steps) + 1) if steps % divisor == 0)
 
 
 def train_and_evaluate_epoch(

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fashion_jax.model import Dropout, FashionMLP, standardise, summary
+from fashion_jax import TrainConfig
+from fashion_jax.model import Dropout, FashionMLP, draw_masks, init_params, standardise, summary
 from fashion_jax.threefry import uniform
 
 KEY = jax.random.key(0)
@@ -120,6 +121,34 @@ def test_deterministic_has_no_default(images):
         FashionMLP().init(KEY, images)
     with pytest.raises(TypeError, match="deterministic"):
         Dropout(0.5).apply({}, jnp.ones(3))
+
+
+def test_masks_drawn_ahead_are_the_network_s_own(images):
+    config = TrainConfig(input_dropout=0.1)
+    params = init_params(KEY, config)
+    model = FashionMLP(dropout_rate=0.3, input_dropout=0.1)
+    keys = jax.random.split(KEY, 3)
+    drawn = jax.vmap(lambda key: draw_masks(params, key, len(images), config=config, dropout_rate=0.3))(keys)
+    assert set(drawn["masks"]) == {"dropout0", "dropout1", "dropout2", "dropout3"}
+    for i, key in enumerate(keys):
+        expected = model.apply({"params": params}, images, deterministic=False, rngs={"dropout": key})
+        masks = jax.tree.map(lambda leaf, i=i: leaf[i], drawn)
+        # Without a key there is nothing to draw from.
+        np.testing.assert_array_equal(model.apply({"params": params, **masks}, images, deterministic=False), expected)
+
+
+def test_masks_that_cannot_be_drawn_ahead_are_left_to_the_network():
+    config = TrainConfig()
+    params = init_params(KEY, config)
+    assert draw_masks(params, jax.random.key(0, impl="rbg"), 5, config=config, dropout_rate=0.2) == {}
+    assert draw_masks(params, KEY, 5, config=TrainConfig(model=FashionMLP), dropout_rate=0.2) == {}
+    no_layers = TrainConfig(hidden=())
+    assert draw_masks(init_params(KEY, no_layers), KEY, 5, config=no_layers, dropout_rate=0.2) == {}
+
+
+def test_no_mask_is_among_the_initial_variables(images):
+    keys = {"params": KEY, "dropout": KEY}
+    assert set(FashionMLP(dropout_rate=0.5).init(keys, images, deterministic=False)) == {"params"}
 
 
 def test_rate_0_is_no_dropout_bit_for_bit(images):

@@ -112,13 +112,14 @@ def test_weights_mask_the_padding(small):
 
 
 def test_an_epoch_takes_every_example_once_in_a_new_order(small, monkeypatch):
-    """Watch the real `train_step` inside the compiled epoch; the images carry their own number."""
+    """Watch the real step inside the compiled epoch; the images carry their own number."""
     images = np.array(small.images)
     images[:, 0, 0], images[:, 0, 1] = np.divmod(np.arange(1000), 256)
     numbered = to_device(Batch(images, small.labels))
     seen = []
+    taken = train._train_step
 
-    def watched(state, batch, key, *, weights, **rest):
+    def watched(state, batch, key, weights, *rest, config):
         jax.debug.callback(
             lambda *observed: seen.append(tuple(map(np.asarray, observed))),
             batch.images[:, 0, :2].astype(jnp.int32),
@@ -127,9 +128,9 @@ def test_an_epoch_takes_every_example_once_in_a_new_order(small, monkeypatch):
             jax.random.key_data(key),
             ordered=True,
         )
-        return train_step(state, batch, key, weights=weights, **rest)
+        return taken(state, batch, key, weights, *rest, config=config)
 
-    monkeypatch.setattr(train, "train_step", watched)
+    monkeypatch.setattr(train, "_train_step", watched)
     config = TrainConfig(learning_rate=0.00301)  # Its own compilation, with the watcher in it.
     state = init_state(KEY, config=config)
     orders = []
@@ -151,23 +152,29 @@ def test_an_epoch_takes_every_example_once_in_a_new_order(small, monkeypatch):
     assert not (orders[0] == np.arange(1000)).all()
 
 
-def test_an_epoch_is_its_steps_with_a_short_last_batch(small):
+# Dropout would draw other masks for a shorter batch, so that epoch has none. The wide layer's masks are drawn for five
+# steps at a time.
+@pytest.mark.parametrize(
+    ("n", "rate", "hidden"), [(1000, 0.0, CONFIG.hidden), (960, 0.2, CONFIG.hidden), (960, 0.2, (4096,))]
+)
+def test_an_epoch_is_its_steps(small, n, rate, hidden):
     """The compiled epoch against a plain loop over unpadded batches; documents how the keys are folded."""
-    data = to_device(small)
-    start = init_state(KEY)
-    start = start._replace(step=jnp.int32(16))
+    config = TrainConfig(hidden=hidden)
+    data = to_device(Batch(*(leaf[:n] for leaf in small)))
+    steps = -(-n // 64)
+    start = init_state(KEY, config=config)
+    start = start._replace(step=jnp.int32(steps))
     keys = split_key(KEY)
-    order = jnp.argsort(jax.random.bits(jax.random.fold_in(keys.order, 1), (1000,)))
+    order = jnp.argsort(jax.random.bits(jax.random.fold_in(keys.order, 1), (n,)))
     epoch_key = jax.random.fold_in(keys.dropout, 1)
     state, losses = start, []
-    for step in range(16):
+    for step in range(steps):
         rows = order[step * 64 : (step + 1) * 64]
         batch = Batch(data.images[rows], data.labels[rows])
-        # Dropout would draw other masks for a shorter batch.
         key = jax.random.fold_in(epoch_key, step)
-        state, metrics = train_step(state, batch, key, config=CONFIG, dropout_rate=0.0)
+        state, metrics = train_step(state, batch, key, config=config, dropout_rate=rate)
         losses.append(float(metrics.loss))
-    compiled, compiled_losses = train_epoch(start, data, KEY, config=CONFIG, dropout_rate=0.0)
+    compiled, compiled_losses = train_epoch(start, data, KEY, config=config, dropout_rate=rate)
     np.testing.assert_allclose(compiled_losses, losses, rtol=1e-5)
     assert_trees_close(compiled.params, state.params, atol=1e-4)
 
