@@ -68,6 +68,8 @@ def losses(arms: Mapping[str, History], *, reference: Mapping[str, History] | No
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
+        # Room below the curves for the label of the lowest loss.
+        axes.margins(y=0.14)
     runs = len(np.atleast_2d(next(iter(arms.values())).running_loss))
     panels[0].set_ylabel("loss (nats)" + (f", mean ± sd of {runs} runs" if runs > 1 else ""))
     panels[-1].legend()
@@ -428,7 +430,8 @@ def _thin(axes: Axes, history: History) -> None:
 
 def _mark_best(axes: Axes, mean) -> None:
     best = int(mean.argmin())
-    side = "left" if best < len(mean) / 3 else "right" if best >= len(mean) * 2 / 3 else "center"
+    along = best / max(1, len(mean) - 1)
+    side = "left" if along < 1 / 3 else "right" if along > 2 / 3 else "center"
     axes.plot(best + 1, mean[best], "o", color="black", markersize=6, zorder=3)
     axes.annotate(
         f"lowest: {mean[best]:.3f}, epoch {best + 1}",
