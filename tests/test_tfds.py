@@ -58,17 +58,6 @@ assert len(source) == 10_000 and source[0]["image"].shape == (28, 28, 1)
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
-def test_a_prepared_directory_is_read_and_cached(prepared, tmp_path):
-    place = prepared.home / "tensorflow_datasets"
-    result = run_load(tmp_path, data_dir=place)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout == "(60000, 28, 28) int32\n"
-    assert f"Fashion-MNIST from the TFDS data set in {place}" in result.stderr
-    for source in ("auto", "download"):
-        again = run_load(tmp_path, data_dir=place, source=source)
-        assert f"from the IDX files in {tmp_path}/.cache/fashion_jax" in again.stderr
-
-
 def test_who_asks_for_the_download_gets_past_damaged_files(prepared, copy, tmp_path):
     (copy / TEST_IMAGES).unlink()
     place = prepared.home / "tensorflow_datasets"
@@ -81,7 +70,7 @@ def test_who_asks_for_the_download_gets_past_damaged_files(prepared, copy, tmp_p
 def test_a_damaged_record_file_is_found(prepared, tmp_path, damage):
     place = tmp_path / "tfds"
     shutil.copytree(prepared.home / "tensorflow_datasets" / "fashion_mnist", place / "fashion_mnist")
-    record = next(place.glob("fashion_mnist/*/*test.array_record*"))
+    record = next(place.glob("fashion_mnist/*/*train.array_record*"))
     content = bytearray(record.read_bytes())
     if damage == "flip":
         content[len(content) // 2] ^= 1
@@ -109,18 +98,24 @@ def test_four_processes_at_once_from_nothing_make_one_copy(prepared):
     assert names(prepared.home / ".cache" / "fashion_jax") == sorted(data.DIGESTS)
 
 
-def test_a_damaged_or_half_written_cache_is_rebuilt(prepared, idx_dir, tmp_path):
-    """From TFDS, while a writer that was killed has left something as well."""
+def test_a_prepared_directory_is_read_and_cached(prepared, idx_dir, tmp_path):
+    """The cache is damaged and half written, and a writer that was killed has left something as well."""
+    place = prepared.home / "tensorflow_datasets"
     cache = tmp_path / ".cache" / "fashion_jax"
     cache.mkdir(parents=True)
     (cache / IMAGES).write_bytes((idx_dir / IMAGES).read_bytes()[:1000])
     (cache / LABELS).write_bytes((idx_dir / LABELS).read_bytes())
     (cache / f".{TEST_IMAGES}-0123abcd.partial").touch()
-    result = run_load(tmp_path, data_dir=prepared.home / "tensorflow_datasets")
+    result = run_load(tmp_path, data_dir=place)
     assert result.returncode == 0, result.stderr
+    assert result.stdout == "(60000, 28, 28) int32\n"
+    assert f"Fashion-MNIST from the TFDS data set in {place}" in result.stderr
     assert names(cache) == sorted(data.DIGESTS)
     for name in data.DIGESTS:
         assert (cache / name).read_bytes() == (idx_dir / name).read_bytes()
+    for source in ("auto", "download"):
+        again = run_load(tmp_path, data_dir=place, source=source)
+        assert f"from the IDX files in {tmp_path}/.cache/fashion_jax" in again.stderr
 
 
 def test_a_full_disk_costs_only_the_cache(prepared, tmp_path):
