@@ -18,7 +18,9 @@ from fashion_jax import evidence, files, report
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-RECORD = ROOT / "benchmarks" / "records" / "2026-11-24-amd-epyc-2-cores"
+MACHINE = "amd-epyc-2-cores"
+RECORDS = ROOT / "benchmarks" / "records"
+RECORD = RECORDS / f"2026-11-24-{MACHINE}"
 BLOCK = re.compile(r"(<!-- table: ([\w' ]+) -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
 # From five PyTorch runs and 8 seeds of a prototype.
 BANDS = (
@@ -38,7 +40,8 @@ def table_of(path: str, number: int) -> str:
 
 
 def rows_of(name: str) -> list[dict[str, Any]]:
-    return json.loads((RECORD / f"{name}.json").read_text())["rows"]
+    """Take the rows of the machine's newest record of a benchmark."""
+    return json.loads(max(RECORDS.glob(f"*-{MACHINE}/{name}.json")).read_text())["rows"]
 
 
 def reproduced() -> str:
