@@ -100,8 +100,9 @@ class Dropout(nn.Module):
         def draw():
             return uniform(self.make_rng("dropout"), shape) >= self.rate
 
-        # While a network is initialised, Flax makes every collection; no mask belongs among the initial variables.
-        ahead = self.is_mutable_collection(_MASKS) and not self.is_initializing()
+        # Where the parameters may change too, every collection was asked for, as when a network is initialised. A mask
+        # among its variables would be the same at each step.
+        ahead = self.is_mutable_collection(_MASKS) and not self.is_mutable_collection("params")
         return self.variable(_MASKS, "keep", draw).value if ahead or self.has_variable(_MASKS, "keep") else draw()
 
 

@@ -146,9 +146,13 @@ def test_masks_that_cannot_be_drawn_ahead_are_left_to_the_network():
     assert draw_masks(init_params(KEY, no_layers), KEY, 5, config=no_layers, dropout_rate=0.2) == {}
 
 
-def test_no_mask_is_among_the_initial_variables(images):
+def test_no_mask_is_among_the_variables(images):
     keys = {"params": KEY, "dropout": KEY}
-    assert set(FashionMLP(dropout_rate=0.5).init(keys, images, deterministic=False)) == {"params"}
+    model = FashionMLP(dropout_rate=0.5)
+    initial = model.init(keys, images, deterministic=False)
+    assert set(initial) == {"params"}
+    _, changed = model.apply(initial, images, deterministic=False, rngs=keys, mutable=True)
+    assert set(changed) == {"params"}
 
 
 def test_rate_0_is_no_dropout_bit_for_bit(images):
