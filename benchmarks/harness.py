@@ -63,6 +63,29 @@ def check(flags: Any) -> None:
             files.prepare_directory(value)
 
 
+def use_device(device: str) -> str:
+    """Let JAX run where both sides are to run, before its backend starts, and name the device for PyTorch.
+
+    Args:
+        device: "cpu" or "gpu".
+
+    Raises:
+        ValueError: One of the two sees no GPU.
+    """
+    if device == "cpu":
+        jax.config.update("jax_platforms", "cpu")
+        return "cpu"
+    import torch
+
+    sees = {"JAX": jax.default_backend() == "gpu", "PyTorch": torch.cuda.is_available()}
+    blind = [name for name, gpu in sees.items() if not gpu]
+    if blind:
+        raise ValueError(
+            f"--device gpu: no GPU for {' and '.join(blind)}; install builds for CUDA, or take --device cpu"
+        )
+    return "cuda"
+
+
 def alternate(programs: Mapping[str, Callable[[], object]], repetitions: int) -> dict[str, list[float]]:
     """Time programs in turns, A B C A B C ..., so that a drift of the machine's speed meets all of them.
 

@@ -37,8 +37,8 @@ class Flags:
 def main(flags: Flags) -> None:
     if any(lanes % 2 for lanes in flags.lanes):
         raise ValueError(f"--lanes must be even: half of them train without dropout; got {flags.lanes}")
+    torch_device = harness.use_device(flags.device)
     if flags.device == "cpu":
-        jax.config.update("jax_platforms", "cpu")
         use_all_cores()
     train, test = load(flags.data_dir)
     train_eval = train_eval_part(train, TrainConfig())
@@ -60,7 +60,7 @@ def main(flags: Flags) -> None:
         run = {"seeds": seeds, "dropout_rates": RATES, "epochs": 2, "on_epoch": tick}
         return second_epoch(lambda: sweep(train, test, **run)) / lanes
 
-    loop = FastLoop(train, dropout_rate=0.2, device="cuda" if flags.device == "gpu" else "cpu")
+    loop = FastLoop(train, dropout_rate=0.2, device=torch_device)
 
     def by_torch() -> float:
         start = time.perf_counter()

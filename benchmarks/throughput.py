@@ -128,11 +128,10 @@ def band(batch_size: int, best: float) -> tuple[float, float]:
 
 
 def main(flags: Flags) -> None:
-    jax.config.update("jax_platforms", "cuda" if flags.device == "gpu" else "cpu")
+    torch_device = harness.use_device(flags.device)
     splits = load(flags.data_dir)
     train_eval = train_eval_part(splits.train, TrainConfig())
     train, train_eval_there, test = jax.tree.map(jnp.array, (splits.train, train_eval, splits.test))
-    torch_device = "cuda" if flags.device == "gpu" else "cpu"
     n = len(splits.train.labels)
 
     rows: list[harness.Row] = []

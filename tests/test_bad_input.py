@@ -613,6 +613,16 @@ def test_a_benchmark_ends_with_one_line():
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.parametrize("benchmark", ["lanes", "throughput"])
+def test_benchmarks_name_who_sees_no_gpu(benchmark, monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    result = run_module("-m", f"benchmarks.{benchmark}", "--device", "gpu")
+    assert result.returncode == 1
+    message = "error: --device gpu: no GPU for JAX and PyTorch; install builds for CUDA, or take --device cpu\n"
+    assert result.stderr == message
+
+
 @pytest.mark.parametrize(
     ("example", "flags", "message"),
     [
