@@ -142,7 +142,9 @@ def default_output() -> Path:
     device = about["devices"][0]
     if about["platform"] == "cpu":
         device = f"{about['processor']} {about['threads']} cores"
-    slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+    # Vendors write "Intel(R) Xeon(R) Processor".
+    device = re.sub(r"\((r|tm)\)|\b(processor|cpu)\b", " ", device.lower())
+    slug = re.sub(r"[^a-z0-9]+", "-", device).strip("-")
     return RECORDS / f"{datetime.date.today():%Y-%m-%d}-{slug}"
 
 

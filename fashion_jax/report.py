@@ -17,10 +17,10 @@ from fashion_jax.train import History, Metrics
 
 
 def environment() -> dict[str, Any]:
-    """Tell what a result depends on besides the code: device, processor and versions.
+    """Tell what a result depends on besides the code: device, processor, versions, and XLA's flags.
 
     >>> sorted(environment())
-    ['devices', 'platform', 'processor', 'threads', 'versions']
+    ['devices', 'platform', 'processor', 'threads', 'versions', 'xla_flags']
     """
     packages = ("fashion_jax", "jax", "jaxlib", "flax", "optax", "numpy")
     return {
@@ -32,6 +32,7 @@ def environment() -> dict[str, Any]:
             "python": platform.python_version(),
             **{package: importlib.metadata.version(package) for package in packages},
         },
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
     }
 
 
