@@ -18,9 +18,10 @@ from fashion_jax import evidence, files, report
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-MACHINE = "amd-epyc-2-cores"
+# Names in the tables, and how the folders of their records end.
+MACHINES = {"AMD": "amd-epyc-2-cores", "Intel": "intel-xeon-2-cores"}
 RECORDS = ROOT / "benchmarks" / "records"
-RECORD = RECORDS / f"2026-11-24-{MACHINE}"
+RECORD = RECORDS / "2026-11-24-amd-epyc-2-cores"
 BLOCK = re.compile(r"(<!-- table: ([\w' ]+) -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
 # From five PyTorch runs and 8 seeds of a prototype.
 BANDS = (
@@ -39,9 +40,31 @@ def table_of(path: str, number: int) -> str:
     return tables[number].strip()
 
 
-def rows_of(name: str) -> list[dict[str, Any]]:
-    """Take the rows of the machine's newest record of a benchmark."""
-    return json.loads(max(RECORDS.glob(f"*-{MACHINE}/{name}.json")).read_text())["rows"]
+def rows_of(name: str, machine: str = "AMD") -> list[dict[str, Any]]:
+    """Take the rows of a machine's newest record of a benchmark."""
+    return json.loads(max(RECORDS.glob(f"*-{MACHINES[machine]}/{name}.json")).read_text())["rows"]
+
+
+def on_both(label: str, columns: tuple[str, ...], cells: Callable[[str], dict[str, tuple[str, ...]]]) -> str:
+    """Put the columns of the machines side by side.
+
+    Args:
+        label: Heading of the rows' names.
+        columns: Headings of what each machine has.
+        cells: Gives, for a machine, the cells of each row.
+    """
+    found = {machine: cells(machine) for machine in MACHINES}
+    names = dict.fromkeys(name for of_machine in found.values() for name in of_machine)
+    nothing = ("-",) * len(columns)
+    rows = [(label, *(f"{machine}: {column}" for machine in MACHINES for column in columns))]
+    for name in names:
+        rows.append((name, *(cell for of_machine in found.values() for cell in of_machine.get(name, nothing))))
+    return report.markdown(rows)
+
+
+def spread(row: dict[str, Any], digits: int) -> str:
+    """Median, and smallest and largest."""
+    return f"{row['median (s)']:.{digits}f} ({row['min (s)']:.{digits}f}-{row['max (s)']:.{digits}f})"
 
 
 def reproduced() -> str:
@@ -74,47 +97,56 @@ def parity() -> str:
 
 def race() -> str:
     """Seconds of a training epoch at batch 64."""
-    rows: list[tuple[str, ...]] = [
-        ("program", "s per training epoch: median (min-max)", "times PyTorch at its best", "times the tutorial's loop")
-    ]
-    for row in rows_of("throughput"):
-        if (row["batch size"], row["what"]) == (64, "training"):
-            spread = f"{row['median (s)']:.2f} ({row['min (s)']:.2f}-{row['max (s)']:.2f})"
-            ratios = (f"{row[f'x {other}']:.2f}" for other in ("PyTorch at its best", "the tutorial's loop"))
-            rows.append((row["program"], spread, *ratios))
-    return report.markdown(rows)
+
+    def cells(machine: str) -> dict[str, tuple[str, ...]]:
+        return {
+            row["program"]: (
+                spread(row, 2),
+                *(f"{row[f'x {other}']:.2f}" for other in ("PyTorch at its best", "the tutorial's loop")),
+            )
+            for row in rows_of("throughput", machine)
+            if (row["batch size"], row["what"]) == (64, "training")
+        }
+
+    return on_both("program", ("s per epoch", "times PyTorch at its best", "times the tutorial's loop"), cells)
 
 
 def lanes() -> str:
     """Seconds per model and epoch, both evaluations included."""
-    rows: list[tuple[str, ...]] = [("program", "s per model and epoch: median (min-max)", "times PyTorch at its best")]
-    for row in rows_of("lanes"):
-        spread = f"{row['median (s)']:.3f} ({row['min (s)']:.3f}-{row['max (s)']:.3f})"
-        rows.append((row["program"], spread, f"{1 / row['/ PyTorch, in memory, fused Adam']:.2f}"))
-    return report.markdown(rows)
+
+    def cells(machine: str) -> dict[str, tuple[str, ...]]:
+        return {
+            row["program"]: (spread(row, 3), f"{1 / row['/ PyTorch, in memory, fused Adam']:.2f}")
+            for row in rows_of("lanes", machine)
+        }
+
+    return on_both("program", ("s per model and epoch", "times PyTorch at its best"), cells)
 
 
 def where_time_goes() -> str:
-    """The roofline's rows about the epoch."""
-    rows: list[tuple[str, ...]] = [
-        ("program", "s: median (min-max)", "share of the GEMM rate", "share of the epoch that it takes")
-    ]
-    for row in rows_of("roofline"):
-        spread = f"{row['median (s)']:.3f} ({row['min (s)']:.3f}-{row['max (s)']:.3f})"
-        shares = (row.get(name) for name in ("share of GEMM rate", "share of the epoch that it takes"))
-        rows.append((row["program"], spread, *("" if share is None else f"{share:.0%}" for share in shares)))
-    return report.markdown(rows)
+    """The roofline's rows, and which share of the epoch each part takes."""
+
+    def cells(machine: str) -> dict[str, tuple[str, ...]]:
+        shares = ("share of GEMM rate", "share of the epoch that it takes")
+        return {
+            row["program"]: (spread(row, 3), *(f"{row[share]:.0%}" if share in row else "" for share in shares))
+            for row in rows_of("roofline", machine)
+        }
+
+    return on_both("program", ("s", "share of the GEMM rate", "share of the epoch"), cells)
 
 
 def startup() -> str:
     """Seconds from the start of a process to the first evaluated epoch."""
-    found = rows_of("startup")
-    starts = list(dict.fromkeys(row["start"] for row in found))
-    rows: list[tuple[str, ...]] = [("phase", *(f"{start}, s" for start in starts))]
-    for phase in dict.fromkeys(row["phase"] for row in found):
-        of_phase = {row["start"]: row["median (s)"] for row in found if row["phase"] == phase}
-        rows.append((phase, *(f"{of_phase[start]:.2f}" for start in starts)))
-    return report.markdown(rows)
+
+    def cells(machine: str) -> dict[str, tuple[str, ...]]:
+        found = rows_of("startup", machine)
+        return {
+            phase: tuple(f"{row['median (s)']:.2f}" for row in found if row["phase"] == phase)
+            for phase in dict.fromkeys(row["phase"] for row in found)
+        }
+
+    return on_both("phase", ("cold, s", "with the compilation cache, s"), cells)
 
 
 def images_a_second() -> str:
@@ -144,9 +176,8 @@ def types() -> str:
         ("network, matrix products in", "s per training epoch: median (min-max)", "speed-up")
     ]
     for row in rows_of("dtype"):
-        spread = f"{row['median (s)']:.2f} ({row['min (s)']:.2f}-{row['max (s)']:.2f})"
         ratio = row.get("x float32")
-        rows.append((row["program"], spread, "" if ratio is None else f"{ratio:.2f}"))
+        rows.append((row["program"], spread(row, 2), "" if ratio is None else f"{ratio:.2f}"))
     return report.markdown(rows)
 
 
@@ -160,9 +191,8 @@ def saving() -> str:
     """What checkpoints add to a run."""
     rows: list[tuple[str, ...]] = [("program", "s: median (min-max)", "added")]
     for row in rows_of("saving"):
-        spread = f"{row['median (s)']:.2f} ({row['min (s)']:.2f}-{row['max (s)']:.2f})"
         share = row.get("share added (median)")
-        rows.append((row["program"], spread, "" if share is None else f"{share:+.1%}"))
+        rows.append((row["program"], spread(row, 2), "" if share is None else f"{share:+.1%}"))
     return report.markdown(rows)
 
 
