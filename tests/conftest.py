@@ -15,6 +15,9 @@ from sources import idx_bytes
 
 from fashion_jax import Run, data, fit
 
+# PyTorch's threads spin while they wait for each other, beside the other workers of a test run for longer than they work.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # Silent broadcasting between ranks hides mistakes: a loss of shape [n, n] still averages to a number.
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
