@@ -109,7 +109,7 @@ def sweep(
             a program of its own, trained after the one before.
         config: What is fixed at compile time.
         epochs: Passes over the training set, at least 1.
-        on_epoch: Called after each epoch that is trained, with an `EpochEnd`.
+        on_epoch: Called after each epoch that is trained, with an `EpochEnd`, as `fit` does.
         checkpoint: A directory to save to and to go on from, as `fit` takes it; with `train_sizes` each size has a
             directory of its own inside. On another number of devices the sweep goes on within rounding, not bit by bit.
             Several processes must share the directory.

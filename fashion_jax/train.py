@@ -525,7 +525,8 @@ def fit(
         dropout_rate: Share of hidden units to drop, in [0, 1).
         epochs: Passes over the training set, at least 1.
         start: Where to start; `init_state(key, config=config)` by default.
-        on_epoch: Called after each epoch that is trained, with an `EpochEnd`.
+        on_epoch: Called after each epoch that is trained, with an `EpochEnd`, before the epoch is saved: what a run
+            that was killed reported and had not saved is reported again.
         checkpoint: A directory to save to and to go on from, or `Checkpoints` with more to say. A run that was killed
             goes on from there, and ends with the same bytes as one that was not.
 
@@ -707,17 +708,18 @@ def run_epochs(
                 save()
                 _report_non_finite(stopped, before, good_steps, names, len(rows) + 1, steps, run() if rows else None)
             lane, rows = after, [*rows, history]
-            if store is not None and len(rows) % store.every == 0:
-                save()
-            if on_epoch is not None:
-                try:
-                    on_epoch(
-                        EpochEnd(len(rows), epochs, dropout_rates, history, lambda state=lane.state: to_host(state))
-                    )
-                except KeyboardInterrupt:
-                    if len(noted) > 1:
-                        raise
-                    break
+            try:
+                if on_epoch is not None:
+                    fetch_state = functools.partial(to_host, lane.state)
+                    on_epoch(EpochEnd(len(rows), epochs, dropout_rates, history, fetch_state))
+            except KeyboardInterrupt:
+                if len(noted) > 1:
+                    raise
+                break
+            finally:
+                # After the report: a run that is killed in between reports the epoch again, and leaves none out.
+                if store is not None and len(rows) % store.every == 0:
+                    save()
         save()
         if store is not None:
             store.wait()

@@ -15,7 +15,7 @@ from sources import idx_bytes
 
 from fashion_jax import Run, data, fit
 
-# PyTorch's threads spin while they wait for each other, beside the other workers of a test run for longer than they work.
+# PyTorch's threads spin while they wait for each other: beside another worker, longer than they work.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Silent broadcasting between ranks hides mistakes: a loss of shape [n, n] still averages to a number.

@@ -116,6 +116,32 @@ def test_a_run_that_goes_on_leaves_each_epoch_once(tiny, tmp_path, path):
             assert [line["running_loss"] for line in of_lane] == history.running_loss[i, seed].tolist()
 
 
+def test_a_kill_before_an_epoch_is_logged_leaves_none_out(tiny, tmp_path, path):
+    code = """
+import os, signal, sys, time
+import jax, numpy as np
+from fashion_jax import Batch, TrainConfig, fit
+from fashion_jax.log import JsonLines
+batch = Batch(*np.load(sys.argv[3]).values())
+with JsonLines(sys.argv[1]) as log:
+    def report(end):
+        if end.epoch == 3 and sys.argv[4] == "killed":
+            time.sleep(3)  # longer than a checkpoint takes
+            os.kill(os.getpid(), signal.SIGKILL)
+        log(end)
+    config = TrainConfig(hidden=(16,))
+    fit(batch, batch, key=jax.random.key(0), config=config, epochs=4, on_epoch=report, checkpoint=sys.argv[2])
+"""
+    np.savez(tmp_path / "batch.npz", *tiny)
+    found = []
+    for what, status in (("killed", -signal.SIGKILL), ("not", 0)):
+        arguments = (path, tmp_path / "saved", tmp_path / "batch.npz", what)
+        result = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], cwd=ROOT, stderr=subprocess.PIPE)
+        assert result.returncode == status, result.stderr
+        found.append(epochs(path))
+    assert found == [[1, 2], [1, 2, 3, 4]]
+
+
 def test_a_network_that_is_trained_again_gives_way_and_others_stay(path):
     for entries in ({"run": 1}, {"run": 2}, {"run": 1}, {"run": True}):
         with JsonLines(path, **entries) as log:
