@@ -268,7 +268,7 @@ def test_a_full_disk(tmp_path):
     """A limit on the size of files stands for it."""
     code = """
 def fill(end):
-    if end.epoch == 2:
+    if end.epoch == 3:
         time.sleep(2)  # The second checkpoint is complete, the third meets the limit.
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 fit(data, data, key=key, epochs=4, checkpoint=sys.argv[1], on_epoch=fill)
