@@ -21,7 +21,7 @@ from fashion_jax.files import write_atomically
 from fashion_jax.train import EpochEnd
 
 FIGURES = ("running_loss", "train_loss", "train_accuracy", "validation_loss", "validation_accuracy")
-_RESERVED = ("epoch", "dropout_rate", "seed", *FIGURES)
+_RESERVED = ("epoch", "train_size", "dropout_rate", "seed", *FIGURES)
 _START = b'{"epoch": '
 _logger = logging.getLogger(__name__)
 
@@ -85,19 +85,14 @@ class Progress:
 class JsonLines:
     """Write each epoch into a file that grows: one JSON object a line, one line a network.
 
-    Give it to `fit` or `sweep` as `on_epoch`. A line has the entries epoch, dropout_rate, seed (if `seeds` tells it),
-    your own `entries`, and the figures running_loss, train_loss, train_accuracy, validation_loss and
+    Give it to `fit` or `sweep` as `on_epoch`. A line has the entries epoch, train_size, dropout_rate, seed (if `seeds`
+    tells it), your own `entries`, and the figures running_loss, train_loss, train_accuracy, validation_loss and
     validation_accuracy: losses in nats, each number exactly that of the History; null for a lane that has stopped.
 
-    Lines of one network are those that agree in dropout_rate, seed and entries. A file keeps what it holds of other
-    networks. Where a network is trained again, from the start or from a checkpoint, its lines from that epoch on give
-    way to the new ones; so a run that was killed and goes on leaves each epoch once. A line is written at once and as a
-    whole; the half line that a kill may leave is removed when the file is next opened.
-
-    Args:
-        path: The file; it and missing parent directories are made.
-        seeds: The seeds, as `sweep` takes them; of a `fit` the one seed, if the lines shall tell it.
-        **entries: More to write into each line, to tell runs apart: text, numbers, True, False or None.
+    Lines of one network are those that agree in train_size, dropout_rate, seed and entries. A file keeps what it holds
+    of other networks. Where a network is trained again, from the start or from a checkpoint, its lines from that epoch
+    on give way to the new ones; so a run that was killed and goes on leaves each epoch once. A line is written at once
+    and as a whole; the half line that a kill may leave is removed when the file is next opened.
 
     Raises:
         TypeError: An entry has another type, or `seeds` are no ints.
@@ -112,8 +107,8 @@ class JsonLines:
     >>> with JsonLines(path, seeds=[0], width="usual") as log:
     ...     run = fit(data, data, key=jax.random.key(0), epochs=2, on_epoch=log)
     >>> print(path.read_text())  # doctest: +ELLIPSIS
-    {"epoch": 1, "dropout_rate": 0.0, "seed": 0, "width": "usual", "running_loss": 2..., "validation_accuracy": 0...}
-    {"epoch": 2, "dropout_rate": 0.0, "seed": 0, "width": "usual", "running_loss": 2..., "validation_accuracy": 0...}
+    {"epoch": 1, "train_size": 10, "dropout_rate": 0.0, "seed": 0, "width": "usual", "running_loss": 2...}
+    {"epoch": 2, "train_size": 10, "dropout_rate": 0.0, "seed": 0, "width": "usual", "running_loss": 2...}
     <BLANKLINE>
     """
 
@@ -157,7 +152,6 @@ class JsonLines:
             raise ValueError(f"{self._path}: this log is closed; use a new JsonLines")
         networks = self._networks(end)
         for network in networks:
-            # Of several training-set sizes, an EpochEnd does not tell which one is trained.
             if self._last.get(_key(network), 0) >= end.epoch:
                 raise ValueError(
                     f"{self._path}: epoch {end.epoch} of {_told(network)} was logged before. Give each run a JsonLines "
@@ -182,7 +176,11 @@ class JsonLines:
         if self._seeds is not None and len(self._seeds) != lanes:
             raise ValueError(f"seeds must be those of the run: it has {lanes}, got {self._seeds}")
         named = [{}] if self._seeds is None else [{"seed": seed} for seed in self._seeds]
-        return [{"dropout_rate": rate, **seed, **self._entries} for rate in end.dropout_rates for seed in named]
+        return [
+            {"train_size": end.train_size, "dropout_rate": rate, **seed, **self._entries}
+            for rate in end.dropout_rates
+            for seed in named
+        ]
 
     def _make_way(self, keys: set[str], epoch: int) -> None:
         """Remove what the file holds of these networks from an epoch on."""

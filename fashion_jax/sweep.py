@@ -281,6 +281,7 @@ def _sweep(
                 _start(keys, config=config, mesh=mesh),
                 epochs=epochs,
                 steps=config.steps_per_epoch(len(train.labels)),
+                train_size=len(train.labels),
                 dropout_rates=tuple(dropout_rates),
                 names=np.array([[f"dropout {rate:g}, seed {seed}" for seed in seeds] for rate in dropout_rates]),
                 on_epoch=on_epoch,

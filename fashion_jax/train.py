@@ -135,6 +135,7 @@ class EpochEnd(NamedTuple):
     Attributes:
         epoch: Number of the epoch that has ended, from 1.
         epochs: Number of epochs that were asked for.
+        train_size: Number of training examples.
         dropout_rates: The rates that are trained; `fit` has one.
         history: What was measured; leaves are NumPy arrays, without axes from `fit`, [rates, seeds] from `sweep`.
         fetch_state: Brings the state after the epoch to the host, with the same axes in front. Of several processes
@@ -143,6 +144,7 @@ class EpochEnd(NamedTuple):
 
     epoch: int
     epochs: int
+    train_size: int
     dropout_rates: tuple[float, ...]
     history: History
     fetch_state: Callable[[], TrainState]
@@ -572,6 +574,7 @@ def fit(
             lane,
             epochs=epochs,
             steps=steps,
+            train_size=len(train.labels),
             dropout_rates=(float(dropout_rate),),
             names=np.array(f"dropout {dropout_rate:g}"),
             on_epoch=on_epoch,
@@ -646,6 +649,7 @@ def run_epochs(
     *,
     epochs: int,
     steps: int,
+    train_size: int,
     dropout_rates: tuple[float, ...],
     names: np.ndarray,
     on_epoch: OnEpoch | None,
@@ -660,7 +664,8 @@ def run_epochs(
         lane: Where to start, on the devices.
         epochs: How many.
         steps: Steps of an epoch.
-        dropout_rates: For the reports.
+        train_size: For the reports.
+        dropout_rates: Likewise.
         names: Name of each lane, in the axes that `to_host` gives: [] or [rates, seeds].
         on_epoch: Receives the reports.
         store: Where to save and to go on from.
@@ -711,7 +716,7 @@ def run_epochs(
             try:
                 if on_epoch is not None:
                     fetch_state = functools.partial(to_host, lane.state)
-                    on_epoch(EpochEnd(len(rows), epochs, dropout_rates, history, fetch_state))
+                    on_epoch(EpochEnd(len(rows), epochs, train_size, dropout_rates, history, fetch_state))
             except KeyboardInterrupt:
                 if len(noted) > 1:
                     raise

@@ -35,7 +35,7 @@ def path(tmp_path) -> Path:
 
 def end(epoch: int, *, rates=(0.2,), lanes: int | None = None, value: float = 0.5) -> EpochEnd:
     leaf = np.full(() if lanes is None else (len(rates), lanes), value)
-    return EpochEnd(epoch, 9, rates, History(leaf, Metrics(leaf, leaf), Metrics(leaf, leaf)), lambda: None)
+    return EpochEnd(epoch, 9, 50, rates, History(leaf, Metrics(leaf, leaf), Metrics(leaf, leaf)), lambda: None)
 
 
 def refuse_constant(name):
@@ -60,10 +60,8 @@ def test_a_line_holds_the_figures_of_the_history(tiny, path):
     with JsonLines(path, seeds=[7], learning_rate=0.003, note="größe\u2028") as log:
         run = fit(tiny, tiny, key=jax.random.key(7), config=CONFIG, dropout_rate=0.2, epochs=3, on_epoch=log)
     lines = read(path)
-    assert [list(line.items())[:5] for line in lines] == [
-        [("epoch", i), ("dropout_rate", 0.2), ("seed", 7), ("learning_rate", 0.003), ("note", "größe\u2028")]
-        for i in (1, 2, 3)
-    ]
+    about = {"train_size": 50, "dropout_rate": 0.2, "seed": 7, "learning_rate": 0.003, "note": "größe\u2028"}
+    assert [list(line.items())[:6] for line in lines] == [[("epoch", i), *about.items()] for i in (1, 2, 3)]
     for name, leaf in zip(FIGURES, figures(run.history), strict=True):
         assert [line[name] for line in lines] == leaf.tolist()
 
@@ -79,6 +77,25 @@ def test_a_sweep_has_a_line_a_network(tiny, path):
                 of_lane = [line for line in read(path) if (line["dropout_rate"], line["seed"]) == (rate, seed)]
                 assert [line["epoch"] for line in of_lane] == [1, 2]
                 assert [line[name] for line in of_lane] == leaf[i, j].tolist()
+
+
+def test_a_sweep_over_sizes_tells_them_apart(tiny, tmp_path, path):
+    def stopping(end):
+        log(end)
+        if (end.train_size, end.epoch) == (40, 2):
+            raise KeyboardInterrupt
+
+    run = functools.partial(
+        sweep, tiny, tiny, seeds=[3], dropout_rates=[0.0], train_sizes=[20, 40], config=CONFIG, epochs=3
+    )
+    with JsonLines(path, seeds=[3]) as log:
+        run(on_epoch=stopping, checkpoint=tmp_path / "saved")
+    with JsonLines(path, seeds=[3]) as log:
+        history = run(on_epoch=log, checkpoint=tmp_path / "saved").history
+    for i, size in enumerate((20, 40)):
+        of_size = [line for line in read(path) if line["train_size"] == size]
+        assert [line["epoch"] for line in of_size] == [1, 2, 3]
+        assert [line["running_loss"] for line in of_size] == history.running_loss[i, 0, 0].tolist()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -159,7 +176,7 @@ def test_one_log_serves_several_runs_that_differ(path):
         for rate in (0.0, 0.2):
             for epoch in (1, 2):
                 log(end(epoch, rates=(rate,)))
-        with pytest.raises(ValueError, match=r"epoch 2 of dropout_rate 0\.2 was logged before.*entries"):
+        with pytest.raises(ValueError, match=r"epoch 2 of train_size 50, dropout_rate 0\.2 was logged before.*entries"):
             log(end(2))
     assert [(line["dropout_rate"], line["epoch"]) for line in read(path)] == [(0.0, 1), (0.0, 2), (0.2, 1), (0.2, 2)]
 
@@ -264,7 +281,7 @@ def test_a_full_disk_leaves_whole_lines(path):
 import resource, sys
 sys.path[:0] = sys.argv[2:]
 from test_log import JsonLines, end
-resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))
+resource.setrlimit(resource.RLIMIT_FSIZE, (600, 600))
 with JsonLines(sys.argv[1]) as log:
     for epoch in range(1, 10):
         try:
