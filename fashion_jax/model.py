@@ -277,13 +277,7 @@ def check_params(params: Params, config: TrainConfig) -> None:
     Traceback (most recent call last):
     ValueError: params do not fit the config: fc1.bias must have shape [10], got [9]
     """
-    expected, found = (
-        {jax.tree_util.keystr(path, simple=True, separator="."): list(np.shape(leaf)) for path, leaf in leaves}
-        for leaves in map(
-            jax.tree_util.tree_leaves_with_path,
-            (jax.eval_shape(functools.partial(init_params, config=config), jax.random.key(0)), params),
-        )
-    )
+    expected, found = _expected_shapes(config), _shapes(params)
     wrong = [f"{name} is missing" for name in expected if name not in found]
     wrong += [f"{name} is not part of the network" for name in found if name not in expected]
     wrong += [
@@ -293,6 +287,17 @@ def check_params(params: Params, config: TrainConfig) -> None:
     ]
     if wrong:
         raise ValueError(f"params do not fit the config: {'; '.join(wrong)}")
+
+
+# Tracing how the network starts takes longer than classifying a thousand images.
+@functools.lru_cache(maxsize=128)
+def _expected_shapes(config: TrainConfig) -> dict[str, list[int]]:
+    return _shapes(jax.eval_shape(functools.partial(init_params, config=config), jax.random.key(0)))
+
+
+def _shapes(params) -> dict[str, list[int]]:
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): list(np.shape(leaf)) for path, leaf in leaves}
 
 
 def standardise(images: UInt8[Array, "*shape"]) -> Float[Array, "*shape"]:

@@ -17,6 +17,7 @@ from PIL.Image import Resampling, Transpose
 from fashion_jax import CLASS_NAMES, FashionMLP, TrainConfig, fit
 from fashion_jax.interop import load_safetensors
 from fashion_jax.predict import CHUNK, LANES, MAX_PIXELS, predict, predict_mc, read_image
+from fashion_jax.train import init_state
 
 KEY = jax.random.key(5)
 MC = {"key": KEY, "samples": 37, "dropout_rate": 0.3}
@@ -70,6 +71,21 @@ def test_every_number_of_images_gives_the_same_rows(params, splits, n):
     assert rows.shape == (n, 10)
     np.testing.assert_allclose(rows, predict(params, images)[:n], rtol=1e-6, atol=1e-7)
     np.testing.assert_array_equal(rows, predict(params, jnp.array(images[:n])))
+
+
+def test_the_network_is_traced_for_the_first_images_only(small):
+    traced = []
+
+    def model(dropout_rate):
+        traced.append(dropout_rate)
+        return FashionMLP((8,), dropout_rate)
+
+    config = TrainConfig(model=model)
+    params = init_state(KEY, config=config).params
+    predict(params, small.images[:1], config=config)
+    before = len(traced)
+    predict(params, small.images[1:5], config=config)
+    assert len(traced) == before
 
 
 def test_no_number_of_images_or_samples_and_no_rate_compiles_a_second_program(params, splits):
