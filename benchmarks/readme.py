@@ -151,7 +151,7 @@ def startup() -> str:
 
 def images_a_second() -> str:
     """How many images each program classifies."""
-    found = rows_of("predict")
+    found = rows_of("predict", "Intel")
     programs = list(dict.fromkeys(row["program"] for row in found))
     rows: list[tuple[str, ...]] = [("images at a time", *programs)]
     for size in dict.fromkeys(row["images"] for row in found):
