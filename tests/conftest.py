@@ -24,12 +24,12 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 @pytest.fixture(scope="session", autouse=True)
 def compiled_once(tmp_path_factory):
-    """Let the processes that tests start share what they compile, which is most of their time.
+    """Let the processes that the tests of one worker start share what they compile, which is most of their time.
 
-    Those of all workers: their directories are beside each other. This process has read its environment already.
+    Not those of all workers: JAX writes an entry in place, and who reads half of one warns. This process has read its
+    environment already.
     """
-    own = tmp_path_factory.getbasetemp()
-    shared = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "compiled"
+    shared = tmp_path_factory.getbasetemp() / "compiled"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_COMPILATION_CACHE_DIR", str(shared))
         patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
