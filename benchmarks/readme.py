@@ -133,20 +133,20 @@ def where_time_goes() -> str:
             for row in rows_of("roofline", machine)
         }
 
-    return on_both("program", ("s", "share of the GEMM rate", "share of the epoch"), cells)
+    return on_both("program", ("s", "share of the GEMM rate", "share of the epoch that it takes"), cells)
 
 
 def startup() -> str:
     """Seconds from the start of a process to the first evaluated epoch."""
 
+    starts = tuple(dict.fromkeys(row["start"] for row in rows_of("startup")))
+
     def cells(machine: str) -> dict[str, tuple[str, ...]]:
         found = rows_of("startup", machine)
-        return {
-            phase: tuple(f"{row['median (s)']:.2f}" for row in found if row["phase"] == phase)
-            for phase in dict.fromkeys(row["phase"] for row in found)
-        }
+        medians = {(row["phase"], row["start"]): f"{row['median (s)']:.2f}" for row in found}
+        return {row["phase"]: tuple(medians[row["phase"], start] for start in starts) for row in found}
 
-    return on_both("phase", ("cold, s", "with the compilation cache, s"), cells)
+    return on_both("phase", tuple(f"{start}, s" for start in starts), cells)
 
 
 def images_a_second() -> str:

@@ -94,6 +94,11 @@ class JsonLines:
     on give way to the new ones; so a run that was killed and goes on leaves each epoch once. A line is written at once
     and as a whole; the half line that a kill may leave is removed when the file is next opened.
 
+    Args:
+        path: The file; it and missing parent directories are made.
+        seeds: The seeds, as `sweep` takes them; of a `fit` the one seed, if the lines shall tell it.
+        **entries: More to write into each line, to tell runs apart: text, numbers, True, False or None.
+
     Raises:
         TypeError: An entry has another type, or `seeds` are no ints.
         ValueError: An entry has the name of a figure or is not finite; or the file holds something else than such

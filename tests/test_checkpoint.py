@@ -255,6 +255,19 @@ key = jax.random.key(0)
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
 
 
+def test_an_error_of_on_epoch_loses_no_epoch(small, tmp_path):
+    def fail(end):
+        if end.epoch == 2:
+            raise ZeroDivisionError
+
+    options = {"key": KEY, "config": TrainConfig(hidden=(8,)), "epochs": 3, "checkpoint": tmp_path}
+    with pytest.raises(ZeroDivisionError):
+        fit(small, small, **options, on_epoch=fail)
+    ends = []
+    fit(small, small, **options, on_epoch=ends.append)
+    assert [end.epoch for end in ends] == [3]
+
+
 def test_two_runs_in_one_directory(small, tmp_path):
     with Store(Checkpoints(tmp_path), identity={}):
         with pytest.raises(BlockingIOError, match="another run is saving its checkpoints here"):
