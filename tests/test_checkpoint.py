@@ -225,6 +225,7 @@ def test_the_same_command_gives_the_same_report(tmp_path, number, status, line):
     assert out.replace("resumed", "whole") == expected
 
 
+@pytest.mark.usefixtures("compiled_apart")
 def test_a_second_ctrl_c_ends_at_once(tmp_path):
     """During the first epoch of 128 networks, which takes more than a minute."""
     process = run_example("--seeds", 64, "--output", tmp_path)
@@ -277,6 +278,7 @@ def test_two_runs_in_one_directory(small, tmp_path):
     fit(small, small, key=KEY, epochs=1, checkpoint=tmp_path)
 
 
+@pytest.mark.usefixtures("compiled_apart")
 def test_a_full_disk(tmp_path):
     """A limit on the size of files stands for it."""
     code = """

@@ -234,6 +234,7 @@ def run_example(*flags, **options) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, **options)
 
 
+@pytest.mark.usefixtures("compiled_apart")
 def test_the_example_on_a_full_disk_keeps_the_earlier_files(tmp_path):
     output = tmp_path / "größe 1 データ"
     output.mkdir()

@@ -133,6 +133,7 @@ def test_a_run_that_goes_on_leaves_each_epoch_once(tiny, tmp_path, path):
             assert [line["running_loss"] for line in of_lane] == history.running_loss[i, seed].tolist()
 
 
+@pytest.mark.usefixtures("compiled_apart")
 def test_a_kill_before_an_epoch_is_logged_leaves_none_out(tiny, tmp_path, path):
     code = """
 import os, signal, sys, time

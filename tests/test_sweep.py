@@ -132,6 +132,7 @@ def test_two_processes_give_the_same_history(expected, tmp_path, worker):
         assert_file_holds(tmp_path / f"{i}.npz", expected)
 
 
+@pytest.mark.usefixtures("compiled_apart")
 def test_a_process_that_dies_ends_the_others(tmp_path, worker):
     address = f"127.0.0.1:{free_port()}"
     processes = [worker(2, tmp_path / f"{i}.npz", address, 2, i, DIE="1") for i in range(2)]
