@@ -85,7 +85,13 @@ class Best(NamedTuple):
 
 
 class Run(NamedTuple):
-    """A trained state, how it came about, and the best that there was on the way."""
+    """A trained state, how it came about, and the best that there was on the way.
+
+    Attributes:
+        state: After the last epoch.
+        history: What was measured after each epoch, with a last axis [epochs].
+        best: The parameters after the epoch of lowest validation loss.
+    """
 
     state: TrainState
     history: History
@@ -154,7 +160,13 @@ OnEpoch = Callable[[EpochEnd], object]
 
 
 class RunKeys(NamedTuple):
-    """The three streams of random numbers of a run."""
+    """The three streams of random numbers of a run.
+
+    Attributes:
+        init: For the initial weights.
+        order: For the order of the training examples, epoch by epoch.
+        dropout: For the dropout masks, step by step.
+    """
 
     init: Key[Array, ""]
     order: Key[Array, ""]
@@ -625,6 +637,13 @@ def _place(tree):
 
 def check_run(train: Batch, validation: Batch, *, config: TrainConfig, epochs: int, on_epoch: OnEpoch | None) -> None:
     """Refuse arguments that `fit` and `sweep` share and cannot use, before anything is compiled.
+
+    Args:
+        train: As `fit` takes it, and so on.
+        validation: Likewise.
+        config: Likewise.
+        epochs: Likewise.
+        on_epoch: Likewise.
 
     Raises:
         TypeError: An argument has the wrong type or dtype.

@@ -7,8 +7,10 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from flax import linen as nn
 
 import fashion_jax
 
@@ -25,6 +27,36 @@ def run(*arguments, cwd) -> None:
     command = [sys.executable, *map(str, arguments)]
     done = subprocess.run(command, cwd=cwd, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def members() -> dict[str, Any]:
+    """Every public class and function."""
+    return {
+        f"{name}.{member}": thing
+        for name in MODULES
+        for member, thing in vars(importlib.import_module(name)).items()
+        if not member.startswith("_") and callable(thing) and getattr(thing, "__module__", None) == name
+    }
+
+
+def methods(name: str, thing) -> dict[str, Any]:
+    if not inspect.isclass(thing):
+        return {}
+    return {
+        f"{name}.{member}": method
+        for member, method in inspect.getmembers(thing, inspect.isfunction)
+        if not member.startswith("_") and method.__module__ == thing.__module__
+    }
+
+
+def own_arguments(thing) -> list[str]:
+    """Without those of Flax's modules and Python's exceptions."""
+    if not inspect.isclass(thing):
+        return [name for name in inspect.signature(thing).parameters if name != "self"]
+    if issubclass(thing, Exception):
+        return list(inspect.get_annotations(thing))
+    inherited = ("parent", "name") if issubclass(thing, nn.Module) else ()
+    return [name for name in inspect.signature(thing).parameters if name not in inherited]
 
 
 @pytest.fixture(scope="session")
@@ -56,21 +88,26 @@ def test_the_reference_has_every_public_name(built):
     reference = "".join(page.read_text() for page in (built / "api").glob("*.html"))
     anchors = re.findall(r'id="(fashion_jax[\w.]*|module-fashion_jax[\w.]*)"', reference)
     assert len(set(anchors)) == len(anchors), "nothing is described twice"
-    public = [f"module-{name}" for name in MODULES]
-    for name in MODULES:
-        module = importlib.import_module(name)
-        public += [
-            f"{name}.{member}"
-            for member, thing in vars(module).items()
-            if not member.startswith("_")
-            and (inspect.isclass(thing) or callable(thing))
-            and getattr(thing, "__module__", None) == name
-        ]
+    public = [*(f"module-{name}" for name in MODULES), *members()]
     exported = [f"fashion_jax.{room}.{name}" for room, names in fashion_jax._ROOMS.items() for name in names]
     assert {*public, *exported} <= set(anchors), sorted({*public, *exported} - set(anchors))
     index = (built / "api" / "index.html").read_text()
     assert not [name for name in exported if f'#{name}"' not in index]
     assert "Alias for field number" not in reference
+
+
+def test_a_docstring_names_every_argument():
+    """In the signature's order; one or two may be in the summary instead."""
+    differ = {}
+    for name, top in members().items():
+        for place, thing in {name: top, **methods(name, top)}.items():
+            arguments = own_arguments(thing)
+            text = f"{inspect.getdoc(thing)}\n"
+            section = re.search(r"^(?:Args|Attributes):\n((?: {4}.*\n)*)", text, re.MULTILINE)
+            named = re.findall(r"^ {4}\**(\w+): ", section[1], re.MULTILINE) if section else []
+            if named != arguments and (section or len(arguments) > 2):
+                differ[place] = (named, arguments)
+    assert not differ
 
 
 def test_every_link_between_pages_resolves(built):
