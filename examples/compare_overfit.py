@@ -80,7 +80,7 @@ def main(flags: Flags) -> int:
         if writes:
             takers.append(stack.enter_context(Progress(flags.epochs)))
         if writes and flags.log:
-            takers.append(stack.enter_context(JsonLines(flags.log, seeds=seeds)))
+            takers.append(stack.enter_context(JsonLines(flags.log)))
         run = sweep.sweep(
             train,
             validation,

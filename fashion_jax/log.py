@@ -10,18 +10,18 @@ import math
 import os
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
 from tqdm.auto import tqdm
 
+from fashion_jax.config import TrainConfig
 from fashion_jax.files import write_atomically
 from fashion_jax.train import EpochEnd
 
 FIGURES = ("running_loss", "train_loss", "train_accuracy", "validation_loss", "validation_accuracy")
-_RESERVED = ("epoch", "train_size", "dropout_rate", "seed", *FIGURES)
+_RESERVED = ("epoch", "train_size", "config", "dropout_rate", *FIGURES)
 _START = b'{"epoch": '
 _logger = logging.getLogger(__name__)
 
@@ -85,22 +85,23 @@ class Progress:
 class JsonLines:
     """Write each epoch into a file that grows: one JSON object a line, one line a network.
 
-    Give it to `fit` or `sweep` as `on_epoch`. A line has the entries epoch, train_size, dropout_rate, seed (if `seeds`
-    tells it), your own `entries`, and the figures running_loss, train_loss, train_accuracy, validation_loss and
-    validation_accuracy: losses in nats, each number exactly that of the History; null for a lane that has stopped.
+    Give it to `fit`, `sweep` or `train_settings` as `on_epoch`. A line has the entries epoch, train_size, config (the
+    fields that differ from `TrainConfig()`, if any do), dropout_rate, seed (of a sweep), your own `entries`, and the
+    figures running_loss, train_loss, train_accuracy, validation_loss and validation_accuracy: losses in nats, each
+    number exactly that of the History; null for a lane that has stopped.
 
-    Lines of one network are those that agree in train_size, dropout_rate, seed and entries. A file keeps what it holds
-    of other networks. Where a network is trained again, from the start or from a checkpoint, its lines from that epoch
-    on give way to the new ones; so a run that was killed and goes on leaves each epoch once. A line is written at once
-    and as a whole; the half line that a kill may leave is removed when the file is next opened.
+    Lines that agree in all but epoch and figures are of one network. A file keeps what it holds of other networks.
+    Where a network is trained again, from the start or from a checkpoint, its lines from that epoch on give way to the
+    new ones; so a run that was killed and goes on leaves each epoch once. A line is written at once and as a whole; the
+    half line that a kill may leave is removed when the file is next opened.
 
     Args:
         path: The file; it and missing parent directories are made.
-        seeds: The seeds, as `sweep` takes them; of a `fit` the one seed, if the lines shall tell it.
-        **entries: More to write into each line, to tell runs apart: text, numbers, True, False or None.
+        **entries: More to write into each line, to tell runs apart, such as the seed of a `fit`: text, numbers, True,
+            False or None.
 
     Raises:
-        TypeError: An entry has another type, or `seeds` are no ints.
+        TypeError: An entry has another type.
         ValueError: An entry has the name of a figure or is not finite; or the file holds something else than such
             lines, and stays as it is.
         OSError: The file cannot be written, or another process is writing into it.
@@ -109,23 +110,16 @@ class JsonLines:
     >>> from fashion_jax import Batch, fit
     >>> data = Batch(np.zeros((10, 28, 28), np.uint8), np.arange(10, dtype=np.int32))
     >>> path = Path(tempfile.mkdtemp()) / "log.jsonl"
-    >>> with JsonLines(path, seeds=[0], width="usual") as log:
+    >>> with JsonLines(path, seed=0, note="first try") as log:
     ...     run = fit(data, data, key=jax.random.key(0), epochs=2, on_epoch=log)
     >>> print(path.read_text())  # doctest: +ELLIPSIS
-    {"epoch": 1, "train_size": 10, "dropout_rate": 0.0, "seed": 0, "width": "usual", "running_loss": 2...}
-    {"epoch": 2, "train_size": 10, "dropout_rate": 0.0, "seed": 0, "width": "usual", "running_loss": 2...}
+    {"epoch": 1, "train_size": 10, "dropout_rate": 0.0, "seed": 0, "note": "first try", "running_loss": 2...}
+    {"epoch": 2, "train_size": 10, "dropout_rate": 0.0, "seed": 0, "note": "first try", "running_loss": 2...}
     <BLANKLINE>
     """
 
-    def __init__(
-        self,
-        path: str | os.PathLike[str],
-        *,
-        seeds: Sequence[int] | None = None,
-        **entries: str | int | float | bool | None,
-    ):
+    def __init__(self, path: str | os.PathLike[str], **entries: str | int | float | bool | None):
         self._path = Path(path)
-        self._seeds = None if seeds is None else _check_seeds(seeds)
         self._entries = _check_entries(entries)
         # Epoch that each network of this object was logged last in.
         self._last: dict[str, int] = {}
@@ -150,7 +144,7 @@ class JsonLines:
         """Write the lines of one epoch.
 
         Raises:
-            ValueError: `seeds` are not those of the lanes, this object has written the epoch already, or it is closed.
+            ValueError: This object has written the epoch already, an entry is the sweep's own seed, or it is closed.
             OSError: The file cannot be written.
         """
         if self._file.closed:
@@ -174,15 +168,19 @@ class JsonLines:
 
     def _networks(self, end: EpochEnd) -> list[dict[str, Any]]:
         """What sets each lane apart, in the order of the leaves."""
-        shape = np.shape(end.history.running_loss)
-        lanes = shape[1] if shape else 1
-        if self._seeds is None and shape:
-            raise ValueError(f"seeds must be given to JsonLines, as sweep takes them: the sweep has {lanes}, got none")
-        if self._seeds is not None and len(self._seeds) != lanes:
-            raise ValueError(f"seeds must be those of the run: it has {lanes}, got {self._seeds}")
-        named = [{}] if self._seeds is None else [{"seed": seed} for seed in self._seeds]
+        if end.seeds is not None and "seed" in self._entries:
+            raise ValueError(f"seed is told by the sweep; leave it out of JsonLines, which got {self._entries['seed']}")
+        usual = TrainConfig().as_dict()
+        unusual = {name: value for name, value in end.config.as_dict().items() if value != usual[name]}
+        named = [{}] if end.seeds is None else [{"seed": seed} for seed in end.seeds]
         return [
-            {"train_size": end.train_size, "dropout_rate": rate, **seed, **self._entries}
+            {
+                "train_size": end.train_size,
+                **({"config": unusual} if unusual else {}),
+                "dropout_rate": rate,
+                **seed,
+                **self._entries,
+            }
             for rate in end.dropout_rates
             for seed in named
         ]
@@ -232,15 +230,6 @@ class JsonLines:
 def _in_notebook() -> bool:
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
     return shell is not None and "IPKernelApp" in shell.config
-
-
-def _check_seeds(seeds) -> list[int]:
-    if isinstance(seeds, str) or np.ndim(seeds) != 1 or not len(seeds):
-        raise TypeError(f"seeds must be a sequence of ints, got {seeds!r}")
-    for seed in seeds:
-        if not isinstance(seed, (int, np.integer)) or isinstance(seed, bool):
-            raise TypeError(f"seeds must be ints, got {seed!r}")
-    return [int(seed) for seed in seeds]
 
 
 def _check_entries(entries: dict[str, Any]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from fashion_jax.config import TrainConfig
 from fashion_jax.data import Batch, subset
 from fashion_jax.model import check_rate, sizes
 from fashion_jax.train import (
+    EpochEnd,
     Lane,
     OnEpoch,
     Run,
@@ -281,10 +282,16 @@ def _sweep(
                 _start(keys, config=config, mesh=mesh),
                 epochs=epochs,
                 steps=config.steps_per_epoch(len(train.labels)),
-                train_size=len(train.labels),
-                dropout_rates=tuple(dropout_rates),
                 names=np.array([[f"dropout {rate:g}, seed {seed}" for seed in seeds] for rate in dropout_rates]),
                 on_epoch=on_epoch,
+                epoch_end=functools.partial(
+                    EpochEnd,
+                    epochs=epochs,
+                    config=config,
+                    train_size=len(train.labels),
+                    dropout_rates=tuple(dropout_rates),
+                    seeds=tuple(map(int, seeds)),
+                ),
                 store=store,
                 to_host=to_host,
                 to_devices=to_devices,

@@ -141,8 +141,10 @@ class EpochEnd(NamedTuple):
     Attributes:
         epoch: Number of the epoch that has ended, from 1.
         epochs: Number of epochs that were asked for.
+        config: What is trained with.
         train_size: Number of training examples.
         dropout_rates: The rates that are trained; `fit` has one.
+        seeds: The seeds of a `sweep`; None from `fit`, which has a key.
         history: What was measured; leaves are NumPy arrays, without axes from `fit`, [rates, seeds] from `sweep`.
         fetch_state: Brings the state after the epoch to the host, with the same axes in front. Of several processes
             all have to call it.
@@ -150,8 +152,10 @@ class EpochEnd(NamedTuple):
 
     epoch: int
     epochs: int
+    config: TrainConfig
     train_size: int
     dropout_rates: tuple[float, ...]
+    seeds: tuple[int, ...] | None
     history: History
     fetch_state: Callable[[], TrainState]
 
@@ -586,10 +590,16 @@ def fit(
             lane,
             epochs=epochs,
             steps=steps,
-            train_size=len(train.labels),
-            dropout_rates=(float(dropout_rate),),
             names=np.array(f"dropout {dropout_rate:g}"),
             on_epoch=on_epoch,
+            epoch_end=functools.partial(
+                EpochEnd,
+                epochs=epochs,
+                config=config,
+                train_size=len(train.labels),
+                dropout_rates=(float(dropout_rate),),
+                seeds=None,
+            ),
             store=store,
         )
 
@@ -668,10 +678,9 @@ def run_epochs(
     *,
     epochs: int,
     steps: int,
-    train_size: int,
-    dropout_rates: tuple[float, ...],
     names: np.ndarray,
     on_epoch: OnEpoch | None,
+    epoch_end: Callable[..., EpochEnd],
     store: Store | None,
     to_host: Callable[[Any], Any] = jax.device_get,
     to_devices: Callable[[Any], Any] = _place,
@@ -683,10 +692,9 @@ def run_epochs(
         lane: Where to start, on the devices.
         epochs: How many.
         steps: Steps of an epoch.
-        train_size: For the reports.
-        dropout_rates: Likewise.
         names: Name of each lane, in the axes that `to_host` gives: [] or [rates, seeds].
         on_epoch: Receives the reports.
+        epoch_end: Makes a report of `epoch`, `history` and `fetch_state`.
         store: Where to save and to go on from.
         to_host: Brings a pytree to the host, as NumPy arrays.
         to_devices: Brings one back.
@@ -735,7 +743,7 @@ def run_epochs(
             try:
                 if on_epoch is not None:
                     fetch_state = functools.partial(to_host, lane.state)
-                    on_epoch(EpochEnd(len(rows), epochs, train_size, dropout_rates, history, fetch_state))
+                    on_epoch(epoch_end(epoch=len(rows), history=history, fetch_state=fetch_state))
             except KeyboardInterrupt:
                 if len(noted) > 1:
                     raise

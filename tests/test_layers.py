@@ -20,7 +20,7 @@ ALLOWED = {
     "evidence": {"train"},
     "files": set(),
     "interop": {"config", "data", "files", "model", "predict"},
-    "log": {"files", "train"},
+    "log": {"config", "files", "train"},
     "model": {"config", "threefry"},
     "optimiser": {"config"},
     "plot": {"calibration", "data", "evidence", "train"},

@@ -1,5 +1,6 @@
 """The epochs' figures as JSON lines: what a line says, what a kill leaves, and what a run that goes on adds."""
 
+import dataclasses
 import functools
 import json
 import logging
@@ -16,6 +17,7 @@ import pytest
 from fashion_jax import Batch, History, Metrics, TrainConfig, fit
 from fashion_jax.checkpoint import Checkpoints
 from fashion_jax.log import FIGURES, JsonLines
+from fashion_jax.search import Setting, train_settings
 from fashion_jax.sweep import sweep
 from fashion_jax.train import EpochEnd
 
@@ -33,9 +35,11 @@ def path(tmp_path) -> Path:
     return tmp_path / "größe 1" / "log.jsonl"
 
 
-def end(epoch: int, *, rates=(0.2,), lanes: int | None = None, value: float = 0.5) -> EpochEnd:
+def end(epoch: int, *, config=TrainConfig(), rates=(0.2,), lanes: int | None = None, value: float = 0.5) -> EpochEnd:
     leaf = np.full(() if lanes is None else (len(rates), lanes), value)
-    return EpochEnd(epoch, 9, 50, rates, History(leaf, Metrics(leaf, leaf), Metrics(leaf, leaf)), lambda: None)
+    history = History(leaf, Metrics(leaf, leaf), Metrics(leaf, leaf))
+    seeds = None if lanes is None else tuple(range(lanes))
+    return EpochEnd(epoch, 9, config, 50, rates, seeds, history, lambda: None)
 
 
 def refuse_constant(name):
@@ -57,18 +61,19 @@ def figures(history: History) -> list[np.ndarray]:
 
 
 def test_a_line_holds_the_figures_of_the_history(tiny, path):
-    with JsonLines(path, seeds=[7], learning_rate=0.003, note="größe\u2028") as log:
+    with JsonLines(path, seed=7, learning_rate=0.003, note="größe\u2028") as log:
         run = fit(tiny, tiny, key=jax.random.key(7), config=CONFIG, dropout_rate=0.2, epochs=3, on_epoch=log)
     lines = read(path)
-    about = {"train_size": 50, "dropout_rate": 0.2, "seed": 7, "learning_rate": 0.003, "note": "größe\u2028"}
-    assert [list(line.items())[:6] for line in lines] == [[("epoch", i), *about.items()] for i in (1, 2, 3)]
+    about = {"train_size": 50, "config": {"hidden": [8]}, "dropout_rate": 0.2}
+    about |= {"seed": 7, "learning_rate": 0.003, "note": "größe\u2028"}
+    assert [list(line.items())[:7] for line in lines] == [[("epoch", i), *about.items()] for i in (1, 2, 3)]
     for name, leaf in zip(FIGURES, figures(run.history), strict=True):
         assert [line[name] for line in lines] == leaf.tolist()
 
 
 def test_a_sweep_has_a_line_a_network(tiny, path):
     seeds, rates = [3, 5], [0.0, 0.5]
-    with JsonLines(path, seeds=seeds) as log:
+    with JsonLines(path) as log:
         run = sweep(tiny, tiny, seeds=seeds, dropout_rates=rates, config=CONFIG, epochs=2, on_epoch=log)
     assert len(read(path)) == 8
     for name, leaf in zip(FIGURES, figures(run.history), strict=True):
@@ -88,9 +93,9 @@ def test_a_sweep_over_sizes_tells_them_apart(tiny, tmp_path, path):
     run = functools.partial(
         sweep, tiny, tiny, seeds=[3], dropout_rates=[0.0], train_sizes=[20, 40], config=CONFIG, epochs=3
     )
-    with JsonLines(path, seeds=[3]) as log:
+    with JsonLines(path) as log:
         run(on_epoch=stopping, checkpoint=tmp_path / "saved")
-    with JsonLines(path, seeds=[3]) as log:
+    with JsonLines(path) as log:
         history = run(on_epoch=log, checkpoint=tmp_path / "saved").history
     for i, size in enumerate((20, 40)):
         of_size = [line for line in read(path) if line["train_size"] == size]
@@ -98,11 +103,30 @@ def test_a_sweep_over_sizes_tells_them_apart(tiny, tmp_path, path):
         assert [line["running_loss"] for line in of_size] == history.running_loss[i, 0, 0].tolist()
 
 
+def test_a_search_tells_its_configs_apart(tiny, path):
+    """By what differs from the usual config."""
+    slower = dataclasses.replace(CONFIG, learning_rate=1e-4)
+    settings = {"usual": Setting(CONFIG, 0.2, 2), "slower": Setting(slower, 0.2, 2)}
+    with JsonLines(path) as log:
+        runs = train_settings(tiny, tiny, settings=settings, seeds=[4], on_epoch=log)
+    for name, config in (("usual", {"hidden": [8]}), ("slower", {"hidden": [8], "learning_rate": 1e-4})):
+        of_setting = [line for line in read(path) if line["config"] == config]
+        assert [line["epoch"] for line in of_setting] == [1, 2]
+        assert [line["running_loss"] for line in of_setting] == runs[name].history.running_loss[0].tolist()
+
+
+def test_the_usual_config_is_not_told(path):
+    with JsonLines(path) as log:
+        log(end(1))
+    (line,) = read(path)
+    assert "config" not in line
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_a_stopped_lane_is_null(path, value):
     row = end(1, lanes=2)
     row.history.validation.loss[0, 1] = value
-    with JsonLines(path, seeds=[0, 1]) as log:
+    with JsonLines(path) as log:
         log(row._replace(history=jax.tree.map(lambda leaf: leaf.astype(np.float32), row.history)))
     assert [line["validation_loss"] for line in read(path)] == [0.5, None]
 
@@ -119,12 +143,12 @@ def test_a_run_that_goes_on_leaves_each_epoch_once(tiny, tmp_path, path):
     run = functools.partial(
         sweep, tiny, tiny, seeds=[0, 1], dropout_rates=[0.0, 0.2], config=CONFIG, checkpoint=Checkpoints(tmp_path / "c")
     )
-    with JsonLines(path, seeds=[0, 1]) as log:
+    with JsonLines(path) as log:
         run(epochs=3, on_epoch=log)
         # As if the run had been killed before it saved these.
         for epoch in (4, 5):
-            log(end(epoch, rates=(0.0, 0.2), lanes=2))
-    with JsonLines(path, seeds=[0, 1]) as log:
+            log(end(epoch, config=CONFIG, rates=(0.0, 0.2), lanes=2))
+    with JsonLines(path) as log:
         history = run(epochs=6, on_epoch=log).history
     for i, rate in enumerate((0.0, 0.2)):
         for seed in (0, 1):
@@ -196,7 +220,7 @@ def test_a_kill_at_any_moment_leaves_whole_lines_and_each_epoch_once(path):
 import sys
 sys.path[:0] = sys.argv[2:]
 from test_log import JsonLines, end
-with JsonLines(sys.argv[1], seeds=range(20)) as log:
+with JsonLines(sys.argv[1]) as log:
     print("ready", flush=True)
     for epoch in range(1, 100_000):
         log(end(epoch, lanes=20))
@@ -212,7 +236,7 @@ with JsonLines(sys.argv[1], seeds=range(20)) as log:
     assert found
     assert [line["seed"] for line in found] == [i % 20 for i in range(len(found))]
     last = found[-1]["epoch"]
-    with JsonLines(path, seeds=range(20)) as log:
+    with JsonLines(path) as log:
         log(end(last, lanes=20))
     for seed in range(20):
         assert epochs(path, seed=seed) == list(range(1, last + 1))
@@ -299,12 +323,8 @@ with JsonLines(sys.argv[1]) as log:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"seeds": 3}, TypeError, "seeds must be a sequence of ints, got 3"),
-        ({"seeds": "012"}, TypeError, "seeds must be a sequence of ints, got '012'"),
-        ({"seeds": []}, TypeError, "seeds must be a sequence of ints"),
-        ({"seeds": [1.0]}, TypeError, r"seeds must be ints, got 1\.0"),
-        ({"seeds": [True]}, TypeError, "seeds must be ints, got True"),
         ({"epoch": 3}, ValueError, "epoch is written into each line already; give this entry another name"),
+        ({"config": "wide"}, ValueError, "config is written into each line already"),
         ({"train_loss": 3}, ValueError, "train_loss is written into each line already"),
         ({"lr": float("nan")}, ValueError, "lr must be finite, got nan"),
         ({"lr": [1]}, TypeError, r"lr must be text, a number, True, False or None, got \[1\]"),
@@ -317,10 +337,8 @@ def test_bad_arguments_are_named(path, unchecked, options, error, message):
     assert not path.exists()
 
 
-def test_seeds_are_those_of_the_lanes(path):
-    with JsonLines(path) as log, pytest.raises(ValueError, match=r"seeds must be given to JsonLines.* has 2, got"):
-        log(end(1, lanes=2))
-    with JsonLines(path, seeds=[0]) as log, pytest.raises(ValueError, match=r"it has 2, got \[0\]"):
+def test_a_sweep_tells_its_seeds_itself(path):
+    with JsonLines(path, seed=3) as log, pytest.raises(ValueError, match="seed is told by the sweep"):
         log(end(1, lanes=2))
     with pytest.raises(ValueError, match=f"{path}: this log is closed"):
         log(end(1, lanes=1))

@@ -171,7 +171,7 @@ def test_config_is_a_static_argument():
 def end(epoch, epochs) -> EpochEnd:
     running, loss, train_accuracy, validation_loss, accuracy = map(np.asarray, (0.5, 0.4, 0.8, 0.45, 0.85))
     history = History(running, Metrics(loss, train_accuracy), Metrics(validation_loss, accuracy))
-    return EpochEnd(epoch, epochs, 50, (0.2,), history, lambda: init_state(jax.random.key(0)))
+    return EpochEnd(epoch, epochs, TrainConfig(), 50, (0.2,), None, history, lambda: init_state(jax.random.key(0)))
 
 
 def test_progress_prints_plain_lines_without_a_terminal():

@@ -186,7 +186,8 @@ def test_reports_have_the_axes_of_the_result(small, validation):
     ends = []
     run = sweep_all(small, validation, on_epoch=ends.append)
     assert [end.epoch for end in ends] == [1, 2]
-    assert ends[0].dropout_rates == sweep_worker.RATES
+    assert (ends[0].dropout_rates, ends[0].seeds) == (sweep_worker.RATES, sweep_worker.SEEDS)
+    assert ends[0].config == TrainConfig()
     assert ends[0].history.validation.loss.shape == (2, 3)
     np.testing.assert_array_equal(ends[1].history.train.loss, run.history.train.loss[..., 1])
     assert_close(ends[1].fetch_state(), run.state, rtol=0, atol=0)
