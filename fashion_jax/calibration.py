@@ -10,6 +10,8 @@ from jaxtyping import Array, Float, Int
 from scipy import stats
 
 BINS = 15
+# What `predict` cannot tell from 0: a loss of 87.3 nats.
+LEAST = float(np.finfo(np.float32).tiny)
 
 
 class Scores(NamedTuple):
@@ -17,7 +19,7 @@ class Scores(NamedTuple):
 
     Attributes:
         accuracy: Share of examples whose most probable class is right.
-        loss: Mean negative log likelihood, in nats.
+        loss: Mean negative log likelihood, in nats; of no example more than 87.3.
         brier: Mean squared distance between the probabilities and the truth, summed over the classes, 0 to 2.
         calibration_error: Expected calibration error: how far confidence and accuracy are apart, on average over bins.
         precision: Of what was called this class, the share that is; 0 where nothing was.
@@ -56,10 +58,11 @@ def score(probabilities: Float[Array | np.ndarray, "n classes"], labels: Int[Arr
         labels: Index of the right class.
 
     Raises:
-        ValueError: Shapes do not fit, there is no example, or a row is not a distribution.
+        ValueError: Shapes do not fit, there is no example, a row is not a distribution, or a label names no class.
 
     Source: Brier, "Verification of Forecasts Expressed in Terms of Probability", 1950, and for the calibration error
-    Guo et al., "On Calibration of Modern Neural Networks", ICML 2017; all but that error as scikit-learn has them.
+    Guo et al., "On Calibration of Modern Neural Networks", ICML 2017; all but that error and the loss as
+    scikit-learn has them.
 
     >>> scores = score(np.array([[0.8, 0.2], [0.6, 0.4]]), np.array([0, 1]))
     >>> float(scores.accuracy), float(scores.brier.round(3)), float(scores.calibration_error.round(3))
@@ -77,11 +80,13 @@ def score(probabilities: Float[Array | np.ndarray, "n classes"], labels: Int[Arr
         average=None,
         zero_division=0,  # type: ignore[arg-type]
     )
+    # scikit-learn would take no probability for less than 2e-16, and a network that is wrong and sure for a better one.
+    of_labels = np.take_along_axis(probabilities, labels[:, None], axis=1)
     brier = metrics.brier_score_loss(labels, probabilities, labels=classes, scale_by_half=False)  # type: ignore[arg-type]
     bins = reliability(probabilities, labels)
     return Scores(
         np.asarray(metrics.accuracy_score(labels, predicted)),
-        np.asarray(metrics.log_loss(labels, probabilities, labels=classes)),
+        np.asarray(-np.log(np.maximum(of_labels, LEAST)).mean()),
         np.asarray(brier),
         np.asarray(np.nansum(bins.share * np.abs(bins.confidence - bins.accuracy))),
         np.asarray(precision),
@@ -163,4 +168,9 @@ def _check(probabilities, labels):
     # Comparisons with NaN are false.
     if not (probabilities.min() >= 0 and np.abs(totals - 1).max() < 1e-3):
         raise ValueError("probabilities must be at least 0 and sum to 1 in each row")
+    classes = probabilities.shape[1]
+    if labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= classes:
+        raise ValueError(
+            f"labels must be ints from 0 to {classes - 1}, got {labels.dtype} from {labels.min()} to {labels.max()}"
+        )
     return probabilities / totals, labels
