@@ -1,8 +1,11 @@
 """When does dropout help? Dropout against its rivals, each with as many tried settings, chosen on a hold-out.
 
-Nothing, early stopping, weight decay, dropout, wider layers without and with dropout, dropout beside weight decay; at
-several training-set sizes, and with augmented images. Each tries three settings. The one with the highest accuracy on
-10,000 held-out images is trained again with other seeds, and tested once.
+Nothing, early stopping, fewer epochs, weight decay, dropout, wider layers without and with dropout, dropout beside
+weight decay; at several training-set sizes, and with augmented images. Each tries three settings. The one with the
+highest accuracy on 10,000 held-out images is trained again with other seeds, and tested once.
+
+Early stopping takes each run's parameters of the epoch with the lowest hold-out loss. Fewer epochs are as many as had
+the highest hold-out accuracy.
 
 Prints tables and writes rivals.png, report.md and report.json.
 """
@@ -23,8 +26,9 @@ from fashion_jax.log import Progress
 from fashion_jax.predict import predict
 from fashion_jax.script import run_script
 from fashion_jax.search import Setting
+from fashion_jax.train import Run
 
-HOLD_OUT = 10_000
+HOLD_OUT, TRAINING = 10_000, 50_000
 # Seeds that choose are not among those that are tested.
 SEARCH_SEEDS = (1_000, 1_001)
 MEASURES = {"accuracy": "accuracy", "loss": "NLL", "calibration_error": "ECE"}
@@ -32,6 +36,7 @@ RIVALS = ("nothing", "weight decay", "dropout", "wider", "wider, dropout", "drop
 CLAIMS = (
     ("dropout", "nothing"),
     ("dropout", "early stopping"),
+    ("dropout", "fewer epochs"),
     ("dropout", "weight decay"),
     ("wider, dropout", "wider"),
     ("dropout, weight decay", "weight decay"),
@@ -49,7 +54,7 @@ class Flags:
     seeds: int = 8
     """Number of seeds that are tested, from 0."""
     rivals: tuple[str, ...] = RIVALS
-    """Rivals to train; early stopping comes with nothing."""
+    """Rivals to train; early stopping and fewer epochs come with nothing."""
     checkpoint: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Directory to save to after each epoch. The same command, given again, goes on from there after a run was stopped
     or killed."""
@@ -86,6 +91,19 @@ def candidates(width: int, epochs: int, examples: int, augmented: bool) -> dict[
     }
 
 
+def stopped(settings: dict[str, Setting], runs: dict[tuple[str, str], Run]) -> dict[str, dict[str, tuple[float, int]]]:
+    """Give accuracy and number of epochs of each setting that ends before its last epoch, averaged over the seeds."""
+    found: dict[str, dict[str, tuple[float, int]]] = {"early stopping": {}, "fewer epochs": {}}
+    for name, setting in settings.items():
+        validation = runs["nothing", name].history.validation
+        lowest = np.asarray(validation.loss).argmin(axis=1)[:, None]
+        at_lowest = np.take_along_axis(np.asarray(validation.accuracy), lowest, axis=1)
+        found["early stopping"][name] = float(at_lowest.mean()), setting.epochs
+        curve = np.asarray(validation.accuracy).mean(axis=0)
+        found["fewer epochs"][name] = float(curve.max()), int(curve.argmax()) + 1
+    return found
+
+
 def main(flags: Flags) -> int:
     if flags.seeds < 1:
         raise ValueError(f"--seeds must be at least 1, got {flags.seeds}")
@@ -94,6 +112,10 @@ def main(flags: Flags) -> int:
             f"--sizes and --epochs must name one number each for every training set, got {flags.sizes} and "
             f"{flags.epochs}"
         )
+    if len(set(flags.sizes)) < len(flags.sizes) or not 1 <= min(flags.sizes) <= max(flags.sizes) <= TRAINING:
+        raise ValueError(f"--sizes must lie between 1 and {TRAINING:,}, and none twice, got {flags.sizes}")
+    if min(flags.epochs) < 1:
+        raise ValueError(f"--epochs must be at least 1, got {flags.epochs}")
     if "nothing" not in flags.rivals or not set(flags.rivals) <= set(RIVALS):
         raise ValueError(f"--rivals must be some of {', '.join(map(repr, RIVALS))}, nothing among them")
     sweep.use_all_cores()
@@ -106,6 +128,7 @@ def main(flags: Flags) -> int:
 
     scores: dict[str, dict[str, calibration.Scores]] = {}
     chosen: dict[str, dict[str, str]] = {}
+    ending: dict[str, dict[str, str]] = {}
     tried: dict[str, dict[str, dict[str, float]]] = {}
     for size, epochs, augmented in situations:
         title = f"{size:,} images" + (", augmented" if augmented else "")
@@ -119,19 +142,26 @@ def main(flags: Flags) -> int:
             )
         accuracies = {key: float(run.history.validation.accuracy[:, -1].mean()) for key, run in runs.items()}
         tried[title] = {rival: {name: accuracies[rival, name] for name in rivals[rival]} for rival in rivals}
+        ends = stopped(rivals["nothing"], runs)
+        tried[title] |= {rival: {name: accuracy for name, (accuracy, _) in of.items()} for rival, of in ends.items()}
         chosen[title] = {rival: max(of, key=of.__getitem__) for rival, of in tried[title].items()}
-        final = {rival: rivals[rival][name] for rival, name in chosen[title].items()}
-        with Progress(epochs * len(search.programs(final))) as progress:
+        final = {rival: rivals[rival][chosen[title][rival]] for rival in rivals}
+        for rival, of in ends.items():
+            name = chosen[title][rival]
+            final[rival] = rivals["nothing"][name]._replace(epochs=of[name][1])
+        ending[title] = {
+            "early stopping": ", lowest hold-out loss",
+            "fewer epochs": f", {final['fewer epochs'].epochs} of {epochs} epochs",
+        }
+        with Progress(sum(epochs for _, epochs in search.programs(final))) as progress:
             runs = search.train_settings(
                 part, validation, settings=final, seeds=seeds, on_epoch=progress, checkpoint=flags.checkpoint
             )
 
-        trained = {rival: (run.state.params, final[rival].config) for rival, run in runs.items()}
-        trained["early stopping"] = (runs["nothing"].best.params, final["nothing"].config)
-        chosen[title]["early stopping"] = f"{chosen[title]['nothing']}, epoch of the lowest hold-out loss"
         scores[title] = {}
-        for rival in ("nothing", "early stopping", *(rival for rival in rivals if rival != "nothing")):
-            params, config = trained[rival]
+        for rival in ("nothing", *ends, *(rival for rival in rivals if rival != "nothing")):
+            params = runs[rival].best.params if rival == "early stopping" else runs[rival].state.params
+            config = final[rival].config
             of_seeds = [
                 calibration.score(
                     predict(jax.tree.map(lambda leaf, at=seed: leaf[at], params), test.images, config=config),
@@ -148,7 +178,7 @@ def main(flags: Flags) -> int:
         rows: list[tuple[str, ...]] = [("rival", "chosen", *MEASURES.values())]
         for rival, of_seeds in of_rivals.items():
             cells = [str(evidence.interval(getattr(of_seeds, name))).replace("+", "") for name in MEASURES]
-            rows.append((rival, chosen[title][rival], *cells))
+            rows.append((rival, chosen[title][rival] + ending[title].get(rival, ""), *cells))
         verdicts[title] = []
         for first, second in CLAIMS:
             if first not in of_rivals or second not in of_rivals:
@@ -176,6 +206,7 @@ def main(flags: Flags) -> int:
         "search seeds": SEARCH_SEEDS,
         "tried": tried,
         "chosen": chosen,
+        "ending": ending,
         "test": {
             title: {rival: {name: getattr(of, name).tolist() for name in MEASURES} for rival, of in of_rivals.items()}
             for title, of_rivals in scores.items()

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int, UInt8
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from fashion_jax.calibration import Reliability, Scores
@@ -404,6 +405,12 @@ def rivals(situations: Mapping[str, Mapping[str, Scores]], *, measures: Mapping[
         row[0].set_title(title, loc="left", fontsize=10)
     # The rows share one vertical axis.
     grid[0, 0].invert_yaxis()
+    meanings = [
+        Line2D([], [], color="black", linestyle="", marker="o", markersize=4, fillstyle="none", label="one seed"),
+        Line2D([], [], color="black", linewidth=2, marker="o", markersize=6, label="mean and 95% interval"),
+        Line2D([], [], color="grey", linestyle="--", linewidth=1, label=f"mean of {names[0]}"),
+    ]
+    figure.legend(handles=meanings, loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 
