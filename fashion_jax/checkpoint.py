@@ -49,6 +49,35 @@ class Checkpoints(NamedTuple):
     every: int = 1
     keep: int = 3
 
+    @classmethod
+    def of(cls, place: "Checkpoints | str | os.PathLike[str]") -> "Checkpoints":
+        """Take a directory for `Checkpoints` that have nothing more to say.
+
+        Args:
+            place: What a caller of `fit` or `sweep` gave.
+
+        Raises:
+            TypeError: It is neither.
+
+        >>> Checkpoints.of("runs").every
+        1
+        """
+        found = place if isinstance(place, Checkpoints) else cls(place)
+        if not isinstance(found.directory, (str, os.PathLike)):
+            raise TypeError(f"checkpoint must be a directory or Checkpoints, got {found.directory!r}")
+        return found
+
+    def within(self, name: str) -> "Checkpoints":
+        """Name a directory inside, for one run of several.
+
+        Args:
+            name: What to call it.
+
+        >>> Checkpoints("runs", keep=1).within("first").directory.as_posix()
+        'runs/first'
+        """
+        return self._replace(directory=Path(self.directory) / name)
+
 
 class Checkpoint(NamedTuple):
     """What a directory gave back.
@@ -84,8 +113,10 @@ def content_digest(tree: Any) -> str:
     """
     digest = hashlib.sha256()
     for name, leaf in _flatten(tree).items():
-        digest.update(json.dumps([name, leaf.dtype.str, leaf.shape]).encode())
-        digest.update(np.ascontiguousarray(leaf).data)
+        # NumPy has no letter of its own for types like bfloat16, nor a buffer.
+        kind = leaf.dtype.name if leaf.dtype.kind == "V" else leaf.dtype.str
+        digest.update(json.dumps([name, kind, leaf.shape]).encode())
+        digest.update(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
 
 
@@ -96,7 +127,8 @@ def restore(
 
     Args:
         directory: Holds the checkpoints.
-        like: A pytree with the structure that was saved; its leaves do not matter.
+        like: A pytree with the structure that was saved. Leaves that have a shape and a dtype must agree with what was
+            saved; others do not matter.
         identity: What the run has to be that made it; any if left out.
 
     Returns:
@@ -104,7 +136,8 @@ def restore(
 
     Raises:
         DamagedError: Some were finished, and all are damaged.
-        ValueError: The directory holds something else, or the checkpoint is another run's or has another structure.
+        TypeError: `like` holds typed keys.
+        ValueError: The directory holds something else, or the checkpoint is another run's or has other arrays.
 
     >>> import tempfile
     >>> restore(tempfile.mkdtemp(), like={}) is None
@@ -113,6 +146,7 @@ def restore(
     # orbax refuses relative paths.
     directory = Path(directory).absolute()
     _refuse_other_directories(directory)
+    _refuse_keys(like)
     damaged = []
     for step in sorted(_steps(directory), reverse=True):
         path = directory / str(step)
@@ -167,9 +201,7 @@ class Store:
                 raise TypeError(f"checkpoint.{name} must be an int, got {value!r}")
             if value < 1:
                 raise ValueError(f"checkpoint.{name} must be at least 1, got {value}")
-        if not isinstance(checkpoints.directory, (str, os.PathLike)):
-            raise TypeError(f"checkpoint must be a directory or Checkpoints, got {checkpoints.directory!r}")
-        self.directory: Path = Path(checkpoints.directory).absolute()
+        self.directory: Path = Path(Checkpoints.of(checkpoints).directory).absolute()
         self.every: int = checkpoints.every
         self._keep = checkpoints.keep
         self._identity = json.loads(json.dumps(identity))
@@ -201,10 +233,11 @@ class Store:
         """Read the newest good checkpoint of this run, and clear away what is newer or unfinished.
 
         Args:
-            like: A pytree with the structure that was saved.
+            like: A pytree with the structure that was saved, as `restore` takes it.
 
         Raises:
             DamagedError: All checkpoints are damaged.
+            TypeError: `like` holds typed keys, which cannot be saved.
             ValueError: The directory holds the checkpoints of another run; they are left alone.
         """
         found = restore(self.directory, like, identity=self._identity)
@@ -307,21 +340,23 @@ class Store:
         except Exception as error:
             complete = sorted(other for other in _steps(self.directory) if _sealed(self.directory / str(other)))
             kept = f"the checkpoint of step {complete[-1]} is intact" if complete else "there is none before it"
-            reason = str(error).splitlines()[0]
-            raise OSError(f"cannot save step {step} to {self.directory}: {reason}; {kept}") from error
+            message = f"cannot save step {step} to {self.directory}: {_first_line(error)}; {kept}"
+            raise OSError(message) from error
 
     def _take_lock(self) -> int:
         prepare_directory(self.directory)
         lock = os.open(self.directory / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(lock)
-            raise BlockingIOError(
-                errno.EWOULDBLOCK,
-                "another run is saving its checkpoints here; wait for it, or name another directory",
-                str(self.directory),
-            ) from None
+        except OSError as error:
+            # A file system that has no locks lets everybody in.
+            if isinstance(error, BlockingIOError):
+                os.close(lock)
+                raise BlockingIOError(
+                    errno.EWOULDBLOCK,
+                    "another run is saving its checkpoints here; wait for it, or name another directory",
+                    str(self.directory),
+                ) from None
         return lock
 
 
@@ -395,7 +430,7 @@ def _read(path: Path, like: Any, identity: Mapping[str, Any] | None) -> Checkpoi
         with ocp.StandardCheckpointer() as checkpointer:
             arrays = checkpointer.restore(path / "default")
     except Exception as error:
-        raise DamagedError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+        raise DamagedError(f"{path} cannot be read: {_first_line(error)}") from error
     names, structure = _names(like)
     if seal["names"] != names:
         wrong = sorted(set(seal["names"]) ^ set(names))
@@ -403,6 +438,12 @@ def _read(path: Path, like: Any, identity: Mapping[str, Any] | None) -> Checkpoi
     tree = jax.tree.unflatten(structure, [np.asarray(arrays[str(i)]) for i in range(len(names))])
     if content_digest(tree) != seal["arrays"]:
         raise DamagedError(f"{path} is damaged: the SHA-256 of its arrays does not match")
+    for name, here, there in zip(names, jax.tree.leaves(like), jax.tree.leaves(tree), strict=True):
+        if hasattr(here, "dtype") and (here.dtype, here.shape) != (there.dtype, there.shape):
+            raise ValueError(
+                f"{path.parent} holds the checkpoints of another run: {name} is {_told(there)} there and {_told(here)} "
+                "here. Use the same network, optimiser and jax_enable_x64, or name another directory, or remove it"
+            )
     return Checkpoint(seal["step"], tree, seal["identity"], seal["circumstances"])
 
 
@@ -413,7 +454,34 @@ def _names(tree: Any):
 
 def _flatten(tree: Any) -> dict[str, np.ndarray]:
     names, _ = _names(tree)
-    return dict(zip(names, map(np.asarray, jax.tree.leaves(tree)), strict=True))
+    leaves = (jax.random.key_data(leaf) if _is_key(leaf) else leaf for leaf in jax.tree.leaves(tree))
+    flat = dict(zip(names, map(np.asarray, leaves), strict=True))
+    if len(flat) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"two arrays would both be called {twice!r}; a name with a dot in it takes another's")
+    return flat
+
+
+def _is_key(leaf: Any) -> bool:
+    return hasattr(leaf, "dtype") and jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _refuse_keys(tree: Any) -> None:
+    names, _ = _names(tree)
+    for name, leaf in zip(names, jax.tree.leaves(tree), strict=True):
+        if _is_key(leaf):
+            raise TypeError(
+                f"{name} is a typed key, and checkpoints hold plain arrays; let the optimiser keep jax.random.key_data "
+                "of it, or give no checkpoint"
+            )
+
+
+def _told(array: Any) -> str:
+    return f"{array.dtype}{list(array.shape)}"
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), repr(error))
 
 
 def _sha256(path: Path) -> str:

@@ -90,14 +90,17 @@ class TrainConfig:
                 raise TypeError(f"{name} must be a tuple of ints, got {value!r}")
             for i, entry in enumerate(value):
                 _check_count(f"{name}[{i}]", entry, 1)
+            self._hold(name, tuple(map(int, value)))
         if len(self.image_shape) < 2:
             raise ValueError(f"image_shape must be (height, width, ...), got {self.image_shape}")
         for name, least in _COUNTS.items():
             if name not in _OPTIONAL or getattr(self, name) is not None:
                 _check_count(name, getattr(self, name), least)
+                self._hold(name, int(getattr(self, name)))
         for name, (expected, fits) in _NUMBERS.items():
             if name not in _OPTIONAL or getattr(self, name) is not None:
                 _check_number(name, getattr(self, name), expected, fits)
+                self._hold(name, float(getattr(self, name)))
         if not isinstance(self.flip, bool):
             raise TypeError(f"flip must be a bool, got {self.flip!r}")
         if self.dtype not in (None, "bfloat16"):
@@ -114,6 +117,10 @@ class TrainConfig:
             unused = [other for other in replaced if getattr(self, other) != _DEFAULTS[other]]
             if function is not None and unused:
                 raise ValueError(f"{', '.join(unused)} would have no effect: {name} replaces what uses it")
+
+    def _hold(self, name: str, value: Any) -> None:
+        """Keep Python's own number, which JSON can hold, for another kind."""
+        object.__setattr__(self, name, value)
 
     def steps_per_epoch(self, examples: int) -> int:
         """Tell how many steps an epoch takes; the last batch may be short.

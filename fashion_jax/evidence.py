@@ -222,7 +222,8 @@ def best_epochs(loss: Float[np.ndarray, "seeds epochs"]) -> Int[np.ndarray, " se
     loss = _curves(loss)
     if len(loss) < 2:
         raise ValueError("loss must hold the curves of at least two seeds, of which one chooses for another; got 1")
-    return (loss.sum(axis=0) - loss).argmin(axis=1)
+    # The sum of all, less each, would lose the others beside a loss that is very large.
+    return np.array([np.delete(loss, i, axis=0).sum(axis=0).argmin() for i in range(len(loss))])
 
 
 def late_rises(loss: Float[np.ndarray, "seeds epochs"]) -> Float[np.ndarray, " seeds"]:

@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +15,7 @@ import numpy as np
 from fashion_jax.checkpoint import Checkpoints
 from fashion_jax.config import TrainConfig
 from fashion_jax.data import Batch
+from fashion_jax.signals import noting_signals
 from fashion_jax.sweep import sweep
 from fashion_jax.train import OnEpoch, Run
 
@@ -59,7 +59,7 @@ def train_settings(
     Raises:
         KeyboardInterrupt: Ctrl-C was pressed; what was trained is in the checkpoint directory.
         TypeError: An argument has the wrong type or dtype.
-        ValueError: An argument is out of range, or there is no setting.
+        ValueError: An argument is out of range, there is no setting, or a checkpoint could not tell settings apart.
 
     >>> data = Batch(np.zeros((100, 28, 28), np.uint8), np.arange(100, dtype=np.int32) % 10)
     >>> small, wide = TrainConfig(hidden=(8,)), TrainConfig(hidden=(16,))
@@ -73,24 +73,30 @@ def train_settings(
     for name, setting in settings.items():
         if not isinstance(setting, Setting):
             raise TypeError(f"settings[{name!r}] must be a Setting, got {setting!r}")
+    places = dict.fromkeys(programs(settings)) if checkpoint is None else _places(settings, seeds, checkpoint)
     runs: dict[Any, Run] = {}
-    for (config, epochs), rates in programs(settings).items():
-        run = sweep(
-            train,
-            validation,
-            seeds=seeds,
-            dropout_rates=rates,
-            config=config,
-            epochs=epochs,
-            on_epoch=on_epoch,
-            checkpoint=_within(checkpoint, config, epochs, rates, seeds),
-        )
-        if run.history.running_loss.shape[-1] < epochs:
-            raise KeyboardInterrupt
-        for name, setting in settings.items():
-            if (setting.config, setting.epochs) == (config, epochs):
-                lane = rates.index(setting.dropout_rate)
-                runs[name] = jax.tree.map(lambda leaf, lane=lane: np.asarray(leaf[lane]), run)
+    with noting_signals(terminate=checkpoint is not None) as noted:
+        for (config, epochs), rates in programs(settings).items():
+            run = sweep(
+                train,
+                validation,
+                seeds=seeds,
+                dropout_rates=rates,
+                config=config,
+                epochs=epochs,
+                on_epoch=on_epoch,
+                checkpoint=places[config, epochs],
+            )
+            if run.history.running_loss.shape[-1] < epochs:
+                break
+            for name, setting in settings.items():
+                if (setting.config, setting.epochs) == (config, epochs):
+                    lane = rates.index(setting.dropout_rate)
+                    runs[name] = jax.tree.map(lambda leaf, lane=lane: np.asarray(leaf[lane]), run)
+            if noted:
+                break
+    if len(runs) < len(settings):
+        raise KeyboardInterrupt
     return {name: runs[name] for name in settings}
 
 
@@ -112,10 +118,15 @@ def programs(settings: Mapping[Any, Setting]) -> dict[tuple[TrainConfig, int], l
     return found
 
 
-def _within(checkpoint, config, epochs, rates, seeds) -> Checkpoints | None:
-    if checkpoint is None:
-        return None
-    if not isinstance(checkpoint, Checkpoints):
-        checkpoint = Checkpoints(checkpoint)
-    about = json.dumps([config.as_dict(), epochs, list(map(float, rates)), list(map(int, seeds))])
-    return checkpoint._replace(directory=Path(checkpoint.directory) / hashlib.sha256(about.encode()).hexdigest()[:16])
+def _places(settings, seeds, checkpoint) -> dict[tuple[TrainConfig, int], Checkpoints]:
+    """Name a directory for each program, by what it trains."""
+    places = {}
+    for (config, epochs), rates in programs(settings).items():
+        about = json.dumps([config.as_dict(), epochs, list(map(float, rates)), list(map(int, seeds))])
+        places[config, epochs] = Checkpoints.of(checkpoint).within(hashlib.sha256(about.encode()).hexdigest()[:16])
+    if len(set(places.values())) < len(places):
+        raise ValueError(
+            "settings differ in functions of the same name, which a checkpoint cannot tell apart; make them by "
+            "functools.partial from a named function, or give no checkpoint"
+        )
+    return places

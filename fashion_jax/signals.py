@@ -4,25 +4,36 @@ import contextlib
 import signal
 import threading
 from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
+
+_noted: ContextVar[list[int] | None] = ContextVar("noted", default=None)
 
 
 @contextlib.contextmanager
 def noting_signals(*, terminate: bool) -> Iterator[list[int]]:
     """Let the first Ctrl-C only take note, in the list that this yields; a second one interrupts.
 
-    So what is under way is not lost. The main thread alone may change handlers, and a handler that somebody
+    So what is under way is not lost. Inside another such block the list is that of the outer one: so a loop over runs
+    knows that a run was interrupted, and a second Ctrl-C in a later run is a second one. A SIGTERM that was noted ends
+    the process where the outermost block ends. The main thread alone may change handlers, and a handler that somebody
     else has set is left as it is.
 
     Args:
         terminate: Take note of SIGTERM too.
 
-    >>> with noting_signals(terminate=True) as noted:
-    ...     signal.raise_signal(signal.SIGTERM)
-    ...     noted == [signal.SIGTERM]
-    True
+    >>> _ = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs do not have
+    >>> with noting_signals(terminate=False) as noted:
+    ...     for run in range(3):
+    ...         with noting_signals(terminate=False):
+    ...             signal.raise_signal(signal.SIGINT)
+    ...         if noted:
+    ...             break
+    >>> run
+    0
     """
-    noted: list[int] = []
+    outer = _noted.get()
+    noted = [] if outer is None else outer
 
     def note(number, frame):
         noted.append(number)
@@ -37,8 +48,12 @@ def noting_signals(*, terminate: bool) -> Iterator[list[int]]:
     ours = {number: default for number, default in defaults.items() if signal.getsignal(number) is default}
     for number in ours:
         signal.signal(number, note)
+    token = _noted.set(noted)
     try:
         yield noted
     finally:
+        _noted.reset(token)
         for number, default in ours.items():
             signal.signal(number, default)
+    if noted[:1] == [signal.SIGTERM] and signal.SIGTERM in ours:
+        signal.raise_signal(signal.SIGTERM)

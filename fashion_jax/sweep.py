@@ -11,7 +11,6 @@ import functools
 import math
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,9 +23,12 @@ from fashion_jax.checkpoint import Checkpoints
 from fashion_jax.config import TrainConfig
 from fashion_jax.data import Batch, subset
 from fashion_jax.model import check_rate, sizes
+from fashion_jax.signals import noting_signals
+from fashion_jax.threefry import is_threefry
 from fashion_jax.train import (
     EpochEnd,
     Lane,
+    NonFiniteLossError,
     OnEpoch,
     Run,
     check_run,
@@ -174,11 +176,15 @@ def sweep(
 
     parts = [subset(train, size, key=jax.random.key(0)) for size in train_sizes]
     runs: list[Run] = []
-    for part in parts:
-        run = one_size(part, checkpoint=_within(checkpoint, f"{len(part.labels)}-images"))
-        if run.history.running_loss.shape[-1] < epochs:
-            break
-        runs.append(run)
+    within = None if checkpoint is None else Checkpoints.of(checkpoint).within
+    with noting_signals(terminate=checkpoint is not None) as noted:
+        for part in parts:
+            run = one_size(part, checkpoint=within and within(f"{len(part.labels)}-images"))
+            if run.history.running_loss.shape[-1] < epochs:
+                break
+            runs.append(run)
+            if noted:
+                break
     if not runs:
         raise KeyboardInterrupt
     return jax.tree.map(lambda *leaves: np.stack(leaves), *runs)
@@ -224,20 +230,19 @@ def _too_many(lanes: int, mesh: Mesh, lanes_at_once: int, config: TrainConfig) -
     )
 
 
-def _within(checkpoint, name: str) -> Checkpoints | None:
-    if checkpoint is None:
-        return None
-    if not isinstance(checkpoint, Checkpoints):
-        checkpoint = Checkpoints(checkpoint)
-    return checkpoint._replace(directory=Path(checkpoint.directory) / name)
-
-
 def _sweep(
     train, *, validation, seeds, dropout_rates, config, epochs, on_epoch, checkpoint, devices, lanes_at_once
 ) -> Run:
-    mesh = Mesh(np.array(devices or jax.devices()), ("lanes",), axis_types=(AxisType.Auto,))
+    mesh = Mesh(np.array(jax.devices() if devices is None else devices), ("lanes",), axis_types=(AxisType.Auto,))
+    generator = jax.random.key(0)
+    together = is_threefry(generator)
     if lanes_at_once is None:
-        lanes_at_once = lanes_that_fit(mesh.local_devices[0], config)
+        lanes_at_once = lanes_that_fit(mesh.local_devices[0], config) if together else 1
+    if lanes_at_once != 1 and not together:
+        raise ValueError(
+            f"lanes_at_once must be 1 where jax_default_prng_impl is {jax.random.key_impl(generator)}, whose draws "
+            f"for several lanes at once are not those of each alone; got {lanes_at_once}"
+        )
     if lanes_at_once < 1:
         raise ValueError(f"lanes_at_once must be at least 1, got {lanes_at_once}")
 
@@ -297,6 +302,10 @@ def _sweep(
                 to_devices=to_devices,
             )
             return run._replace(**to_host(Lane(run.state, run.best))._asdict())
+    except NonFiniteLossError as error:
+        if error.run is not None:
+            error.run = error.run._replace(**to_host(Lane(error.run.state, error.run.best))._asdict())
+        raise
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

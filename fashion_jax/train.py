@@ -134,6 +134,9 @@ class NonFiniteLossError(FloatingPointError):
         super().__init__(message)
         self.epoch, self.step, self.run = epoch, step, run
 
+    def __reduce__(self):
+        return functools.partial(type(self), str(self), epoch=self.epoch, step=self.step, run=self.run), ()
+
 
 class EpochEnd(NamedTuple):
     """What `fit` and `sweep` hand to `on_epoch`.
@@ -224,8 +227,8 @@ def negative_log_likelihood(
     >>> f"{loss[0]:.4f}"
     '1.3863'
     """
-    # A negative index would count from the last class; one beyond it is filled with NaN.
-    labels = jnp.asarray(labels)
+    # A negative index would count from the last class; one beyond it is filled with NaN. Eight bits may not do.
+    labels = jnp.asarray(labels).astype(jnp.int32)
     labels = jnp.where(labels < 0, log_probs.shape[1], labels)
     return -jnp.take_along_axis(log_probs, labels[:, None], axis=1, mode="fill", fill_value=jnp.nan)[:, 0]
 
@@ -273,6 +276,8 @@ def _train_step(state, batch, key, weights, dropout_rate, masks, *, config):
     _check_data(batch, "batch", config)
     if weights is None:
         weights = jnp.ones(len(batch.labels), jnp.result_type(float))
+    if not hasattr(weights, "shape"):
+        raise TypeError(f"weights must be an array, got {weights!r}")
     if weights.shape != batch.labels.shape:
         raise ValueError(f"weights must have shape {list(batch.labels.shape)}, got {list(weights.shape)}")
     model = build_model(config, dropout_rate)
@@ -544,14 +549,16 @@ def fit(
         epochs: Passes over the training set, at least 1.
         start: Where to start; `init_state(key, config=config)` by default.
         on_epoch: Called after each epoch that is trained, with an `EpochEnd`, before the epoch is saved: what a run
-            that was killed reported and had not saved is reported again.
+            that was killed reported and had not saved is reported again, and so is an epoch in whose report an error
+            ended the run. `KeyboardInterrupt` stands for Ctrl-C.
         checkpoint: A directory to save to and to go on from, or `Checkpoints` with more to say. A run that was killed
             goes on from there, and ends with the same bytes as one that was not.
 
     Returns:
         The final state, a History of NumPy arrays [epochs], and the best parameters. Ctrl-C ends the run after the
         epoch that is under way: the History is then shorter than was asked for. A second one ends it at once. SIGTERM
-        does the same if there is a checkpoint directory, and then ends the process.
+        does the same if there is a checkpoint directory, and then ends the process. A loop over runs learns of a Ctrl-C
+        in a last epoch by `signals.noting_signals`.
 
     Raises:
         TypeError: An argument has the wrong type or dtype.
@@ -566,6 +573,7 @@ def fit(
     """
     check_key(key)
     check_rate(dropout_rate)
+    dropout_rate = float(dropout_rate)
     check_run(train, validation, config=config, epochs=epochs, on_epoch=on_epoch)
     train_eval = train_eval_part(train, config)
     steps = config.steps_per_epoch(len(train.labels))
@@ -573,7 +581,7 @@ def fit(
         _check_start(start, config, steps)
     identity = {
         "program": "fit",
-        "dropout_rate": float(dropout_rate),
+        "dropout_rate": dropout_rate,
         "key": [str(jax.random.key_impl(key)), *np.asarray(jax.random.key_data(key)).tolist()],
         "start": None if start is None else content_digest(start),
     }
@@ -597,7 +605,7 @@ def fit(
                 epochs=epochs,
                 config=config,
                 train_size=len(train.labels),
-                dropout_rates=(float(dropout_rate),),
+                dropout_rates=(dropout_rate,),
                 seeds=None,
             ),
             store=store,
@@ -630,15 +638,13 @@ def open_store(
     """
     if checkpoint is None:
         return contextlib.nullcontext()
-    if not isinstance(checkpoint, Checkpoints):
-        checkpoint = Checkpoints(checkpoint)
     identity = identity | {
         "config": config.as_dict(),
         "data": {"train": content_digest(train), "validation": content_digest(validation)},
     }
     device = jax.devices()[0]
     layout = {"platform": device.platform, "device": device.device_kind, "devices": jax.device_count()}
-    return Store(checkpoint, identity=identity, circumstances=layout | circumstances)
+    return Store(Checkpoints.of(checkpoint), identity=identity, circumstances=layout | circumstances)
 
 
 def _place(tree):
@@ -717,8 +723,12 @@ def run_epochs(
             store.save(len(rows), run()._replace(**to_host(lane)._asdict()), loss=float(loss[np.isfinite(loss)].mean()))
 
     if store is not None:
-        leaf = np.array(np.nan)
-        found = store.restore(Run(lane.state, History(leaf, Metrics(leaf, leaf), Metrics(leaf, leaf)), lane.best))
+        # On the devices, lanes that only fill them up may follow the others, along one axis.
+        saved = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct((*names.shape, *leaf.shape[min(names.ndim, 1) :]), leaf.dtype), lane
+        )
+        any_: Any = 0
+        found = store.restore(Run(saved.state, History(any_, Metrics(any_, any_), Metrics(any_, any_)), saved.best))
         if found is not None:
             if found.step > epochs:
                 raise ValueError(
@@ -739,31 +749,31 @@ def run_epochs(
             if (stopped & ~before).any():
                 save()
                 _report_non_finite(stopped, before, good_steps, names, len(rows) + 1, steps, run() if rows else None)
-            lane, rows = after, [*rows, history]
             try:
                 if on_epoch is not None:
-                    fetch_state = functools.partial(to_host, lane.state)
-                    on_epoch(epoch_end(epoch=len(rows), history=history, fetch_state=fetch_state))
+                    fetch_state = functools.partial(to_host, after.state)
+                    on_epoch(epoch_end(epoch=len(rows) + 1, history=history, fetch_state=fetch_state))
             except KeyboardInterrupt:
                 if len(noted) > 1:
                     raise
-                break
-            finally:
-                # After the report: a run that is killed in between reports the epoch again, and leaves none out.
-                if store is not None and len(rows) % store.every == 0:
-                    save()
+                noted.append(signal.SIGINT)
+            except BaseException:
+                save()
+                raise
+            # After the report: a run that ends in between reports the epoch again, and leaves none out.
+            lane, rows = after, [*rows, history]
+            if store is not None and len(rows) % store.every == 0:
+                save()
         save()
         if store is not None:
             store.wait()
-    if noted and noted[0] == signal.SIGTERM:
-        assert store is not None
-        logger.warning(
-            "stopped by SIGTERM after epoch %d of %d, saved in %s; the same call goes on from there",
-            len(rows),
-            epochs,
-            store.directory,
-        )
-        signal.raise_signal(signal.SIGTERM)
+            if noted[:1] == [signal.SIGTERM]:
+                logger.warning(
+                    "stopped by SIGTERM after epoch %d of %d, saved in %s; the same call goes on from there",
+                    len(rows),
+                    epochs,
+                    store.directory,
+                )
     return run()
 
 

@@ -2,6 +2,7 @@ import contextlib
 import gzip
 import hashlib
 import os
+import signal
 import socket
 import threading
 import zlib
@@ -71,6 +72,14 @@ def trained(splits) -> Run:
     """A network that has learned something, with dropout 0.2, from 10,000 images."""
     part = data.subset(splits.train, 10_000, key=jax.random.key(7))
     return fit(part, splits.test, key=jax.random.key(0), dropout_rate=0.2, epochs=3)
+
+
+@pytest.fixture
+def interruptible():
+    """Python's own handler of Ctrl-C: a shell lets what it starts in the background ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

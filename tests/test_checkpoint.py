@@ -1,8 +1,12 @@
 """What is saved comes back as it was, or not at all."""
 
+import errno
+import fcntl
+import functools
 import hashlib
 import json
 import logging
+import os
 import shutil
 import signal
 import subprocess
@@ -12,13 +16,15 @@ import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from benchmarks.kill_resume import kill_and_resume
-from fashion_jax import TrainConfig, fit
+from fashion_jax import FashionMLP, TrainConfig, fit
 from fashion_jax.checkpoint import Checkpoints, DamagedError, Store, content_digest, restore
 from fashion_jax.evidence import summarise
 from fashion_jax.sweep import sweep
@@ -51,7 +57,7 @@ def everything(directory: Path) -> dict[str, bytes]:
 
 arrays = st.builds(
     lambda dtype, shape, seed: np.random.default_rng(seed).integers(0, 256, (*shape, 8), np.uint8).view(dtype),
-    st.sampled_from(["<f4", "<f8", "<i4", "<u4", "<i8", "u1", "<f2"]),
+    st.sampled_from(["<f4", "<f8", "<i4", "<u4", "<i8", "u1", "<f2", jnp.bfloat16]),
     st.lists(st.integers(1, 4), max_size=3),
     st.integers(0, 2**32),
 )
@@ -256,17 +262,20 @@ key = jax.random.key(0)
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
 
 
-def test_an_error_of_on_epoch_loses_no_epoch(small, tmp_path):
+@pytest.mark.parametrize("error", [ZeroDivisionError, SystemExit])
+def test_an_epoch_whose_report_failed_is_reported_again_and_none_before(small, tmp_path, error):
     def fail(end):
-        if end.epoch == 2:
-            raise ZeroDivisionError
+        if end.epoch == 3:
+            raise error
 
-    options = {"key": KEY, "config": TrainConfig(hidden=(8,)), "epochs": 3, "checkpoint": tmp_path}
-    with pytest.raises(ZeroDivisionError):
-        fit(small, small, **options, on_epoch=fail)
+    options = {"key": KEY, "config": TrainConfig(hidden=(8,)), "epochs": 4}
+    saved = Checkpoints(tmp_path, every=5)
+    with pytest.raises(error):
+        fit(small, small, **options, checkpoint=saved, on_epoch=fail)
     ends = []
-    fit(small, small, **options, on_epoch=ends.append)
-    assert [end.epoch for end in ends] == [3]
+    resumed = fit(small, small, **options, checkpoint=saved, on_epoch=ends.append)
+    assert [end.epoch for end in ends] == [3, 4]
+    assert content_digest(resumed) == content_digest(fit(small, small, **options))
 
 
 def test_two_runs_in_one_directory(small, tmp_path):
@@ -297,6 +306,87 @@ fit(data, data, key=key, epochs=4, checkpoint=sys.argv[1], on_epoch=fill)
     )
     assert again.stdout == "4\n", again.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2", "3", "4", "fashion_jax.lock"]
+
+
+def test_an_error_without_a_message_is_explained(tmp_path, monkeypatch):
+    def fail(*arguments):
+        raise MemoryError
+
+    with Store(Checkpoints(tmp_path), identity={}) as store:
+        monkeypatch.setattr(store, "_open", fail)
+        with pytest.raises(
+            OSError, match=rf"cannot save step 1 to {tmp_path}: MemoryError\(\); there is none before it"
+        ):
+            store.save(1, TREE, loss=0.5)
+
+
+def test_a_file_system_without_locks_lets_everybody_in(tmp_path, monkeypatch):
+    def refuse(*arguments):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    save(tmp_path, 1)
+    assert restore(tmp_path, TREE).step == 1
+
+
+# Arrays that are not those of this run, or no plain arrays.
+
+
+def test_an_optimiser_with_other_types_goes_on(small, tmp_path):
+    """NumPy has no bfloat16 of its own."""
+    config = TrainConfig(hidden=(8,), optimiser=functools.partial(optax.adam, mu_dtype=jnp.bfloat16))
+    options = {"key": KEY, "config": config, "epochs": 3}
+    whole = fit(small, small, **options)
+    fit(small, small, **options, checkpoint=tmp_path, on_epoch=stop_after(1))
+    assert content_digest(fit(small, small, **options, checkpoint=tmp_path)) == content_digest(whole)
+    halves = fit(small, small, **options | {"epochs": 1})
+    fit(small, small, **options | {"epochs": 1}, start=halves.state)
+
+
+@pytest.mark.parametrize("program", ["fit", "sweep"])
+def test_a_typed_key_is_refused_before_training(small, tmp_path, program):
+    config = TrainConfig(hidden=(8,), optimiser=lambda rate: optax.noisy_sgd(rate, key=jax.random.key(3)))
+    train = {
+        "fit": functools.partial(fit, key=KEY),
+        "sweep": functools.partial(sweep, seeds=[0], dropout_rates=[0.0]),
+    }[program]
+    ends = []
+    with pytest.raises(TypeError, match=r"opt_state.* is a typed key, and checkpoints hold plain arrays"):
+        train(small, small, config=config, epochs=1, checkpoint=tmp_path, on_epoch=ends.append)
+    assert not ends
+
+
+@pytest.mark.parametrize("program", ["fit", "sweep"])
+def test_a_function_that_makes_another_network_is_noticed(small, tmp_path, program):
+    """Checkpoints know functions by their names."""
+
+    def run(width, **options):
+        config = TrainConfig(model=lambda dropout_rate: FashionMLP((width,), dropout_rate))
+        if program == "fit":
+            fit(small, small, key=KEY, config=config, epochs=2, checkpoint=tmp_path, **options)
+        else:
+            sweep(small, small, seeds=[0, 1], dropout_rates=[0.0], config=config, epochs=2, checkpoint=tmp_path)
+
+    run(8)
+    axes = "" if program == "fit" else "1, 2, "
+    with pytest.raises(ValueError, match=rf"bias is float32\[{axes}8\] there and float32\[{axes}16\] here"):
+        run(16)
+
+
+@pytest.mark.parametrize("then", [False, True])
+def test_another_precision_is_refused(tmp_path, then):
+    code = "fit(data, data, key=key, epochs=int(sys.argv[2]), checkpoint=sys.argv[1])"
+    wide = "jax.config.update('jax_enable_x64', True)\n"
+    assert run_code(wide * then + code, tmp_path, 1).returncode == 0
+    again = run_code(wide * (not then) + code, tmp_path, 2)
+    assert "another run: state." in again.stderr
+    assert "float64" in again.stderr
+    assert "jax_enable_x64" in again.stderr
+
+
+def test_names_that_would_be_alike_are_refused():
+    with pytest.raises(ValueError, match=r"two arrays would both be called 'a\.0'"):
+        content_digest({"a": (np.ones(1),), "a.0": np.ones(1)})
 
 
 # Files that are damaged.

@@ -27,9 +27,9 @@ ALLOWED = {
     "predict": {"config", "data", "model"},
     "report": {"config", "evidence", "train"},
     "script": set(),
-    "search": {"checkpoint", "config", "data", "sweep", "train"},
+    "search": {"checkpoint", "config", "data", "signals", "sweep", "train"},
     "signals": set(),
-    "sweep": {"checkpoint", "config", "data", "model", "train"},
+    "sweep": {"checkpoint", "config", "data", "model", "signals", "threefry", "train"},
     "threefry": set(),
     "train": {"augment", "checkpoint", "config", "data", "model", "optimiser", "signals"},
 }

@@ -1,4 +1,6 @@
 import json
+import re
+import signal
 import subprocess
 import sys
 
@@ -6,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from fashion_jax import TrainConfig, calibration, evidence, fit, plot
+from fashion_jax import FashionMLP, TrainConfig, calibration, evidence, fit, plot
 from fashion_jax.interop import load_safetensors
 from fashion_jax.predict import predict
 from fashion_jax.search import Setting, train_settings
@@ -63,6 +65,36 @@ def test_a_search_goes_on_from_where_it_stopped(small, tmp_path):
         np.testing.assert_array_equal(leaf, expected)
 
 
+@pytest.mark.usefixtures("interruptible")
+@pytest.mark.parametrize("at", [1, 2])
+def test_no_program_starts_after_ctrl_c(small, tmp_path, at):
+    """In a program's last epoch, too, after which its run is complete."""
+    ends = []
+
+    def interrupt(end):
+        ends.append(end)
+        if end.epoch == at:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        train_settings(small, small, settings=SETTINGS, seeds=[0], on_epoch=interrupt, checkpoint=tmp_path)
+    assert len(ends) == at
+    with pytest.raises(KeyboardInterrupt):
+        train_settings(small, small, settings=SETTINGS, seeds=[0], on_epoch=interrupt)
+
+
+def test_functions_of_one_name_do_not_share_a_checkpoint(small, tmp_path):
+    def network(width):
+        return TrainConfig(model=lambda dropout_rate: FashionMLP((width,), dropout_rate))
+
+    settings = {width: Setting(network(width), 0.0, 1) for width in (4, 8)}
+    runs = train_settings(small, small, settings=settings, seeds=[0])
+    assert [runs[width].state.params["fc1"]["bias"].shape for width in (4, 8)] == [(1, 4), (1, 8)]
+    with pytest.raises(ValueError, match="settings differ in functions of the same name"):
+        train_settings(small, small, settings=settings, seeds=[0], checkpoint=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
@@ -111,7 +143,7 @@ def test_the_rivals_example_chooses_on_a_hold_out_and_tests_once(tmp_path):
     result = run_example("when_dropout_helps.py", *flags, "--rivals", "nothing", "dropout")
     assert result.returncode == 0, result.stderr
     assert "2 seeds are few" in result.stdout
-    assert "Of 8 intervals of 95%, 0.4 are expected to miss the truth." in result.stdout
+    assert "Of 12 intervals of 95%, 0.6 are expected to miss the truth." in result.stdout
     results = json.loads((tmp_path / "report.json").read_text())
     assert list(results["test"]) == ["100 images", "100 images, augmented"]
     for title, tried in results["tried"].items():
@@ -122,10 +154,27 @@ def test_the_rivals_example_chooses_on_a_hold_out_and_tests_once(tmp_path):
     of_rivals = results["test"]["100 images"]
     stopped, last = (np.array(of_rivals[rival]["loss"]) for rival in ("early stopping", "nothing"))
     assert (stopped < last - 0.01).all()
+    assert re.fullmatch(r", \d+ of 60 epochs", results["ending"]["100 images"]["fewer epochs"])
+    for rival in ("early stopping", "fewer epochs"):
+        tried = results["tried"]["100 images"]
+        assert all(tried[rival][name] >= 0.9 * accuracy for name, accuracy in tried["nothing"].items())
     assert (tmp_path / "rivals.png").read_bytes().startswith(b"\x89PNG")
-    refused = run_example("when_dropout_helps.py", "--sizes", 500, 600, "--output", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--sizes", 500, 600), "--sizes and --epochs must name one number each"),
+        (("--sizes", 200, 60_000, "--epochs", 1, 1), r"--sizes must lie between 1 and 50,000, and none twice"),
+        (("--sizes", 200, 200, "--epochs", 1, 2), r"--sizes must lie between 1 and 50,000, and none twice"),
+        (("--sizes", 200, 300, "--epochs", 1, 0), r"--epochs must be at least 1, got \(1, 0\)"),
+    ],
+)
+def test_the_rivals_example_refuses_bad_flags_before_training(tmp_path, flags, message):
+    refused = run_example("when_dropout_helps.py", *flags, "--output", tmp_path)
     assert refused.returncode == 1
-    assert "error: --sizes and --epochs must name one number each" in refused.stderr
+    assert re.search(f"error: {message}", refused.stderr)
+    assert "epoch 1/" not in refused.stderr
 
 
 def test_the_best_perceptron_is_chosen_on_a_hold_out_and_can_be_read_back(tmp_path):

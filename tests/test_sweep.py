@@ -1,9 +1,12 @@
 """Lanes are runs: whatever the layout, lane (i, j) is `fit` with seed j and rate i."""
 
 import os
+import pickle
+import signal
 import socket
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import jax
@@ -13,6 +16,7 @@ import sweep_worker
 
 from fashion_jax import Batch, TrainConfig, data, fit
 from fashion_jax.sweep import join_machines, lanes_that_fit, sweep
+from fashion_jax.train import NonFiniteLossError
 
 ROOT = Path(__file__).parents[1]
 KEY = jax.random.key(0)
@@ -180,6 +184,44 @@ def test_ctrl_c_returns_the_complete_epochs(small, validation):
     assert run.state.step.tolist() == [[32] * 3] * 2
     single = fit(small, validation, key=KEY, epochs=3, on_epoch=stop)
     assert single.history.running_loss.shape == (2,)
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_no_size_starts_after_ctrl_c(small, validation):
+    """In a size's last epoch, too, after which its run is complete."""
+
+    def interrupt(end):
+        if (end.train_size, end.epoch) == (200, 2):
+            signal.raise_signal(signal.SIGINT)
+
+    run = sweep_all(small, validation, train_sizes=[100, 200, 300], on_epoch=interrupt)
+    assert run.history.running_loss.shape == (2, 2, 3, 2)
+
+
+def test_other_generators_draw_for_one_lane_at_a_time(small, validation):
+    """Their draws for several at once are not those of each alone."""
+    with jax.default_prng_impl("rbg"):
+        config = TrainConfig(hidden=(16,))
+        options = {"config": config, "epochs": 1}
+        run = sweep(small, validation, seeds=[3, 4], dropout_rates=[0.5], **options)
+        alone = fit(small, validation, key=jax.random.key(4), dropout_rate=0.5, **options)
+        assert_close(jax.tree.map(lambda leaf: leaf[0, 1], run.history), alone.history, **CLOSE)
+        with pytest.raises(ValueError, match=r"lanes_at_once must be 1 where jax_default_prng_impl is rbg.*got 2"):
+            sweep(small, validation, seeds=[3, 4], dropout_rates=[0.5], lanes_at_once=2, **options)
+
+
+def test_when_every_lane_fails_the_error_has_a_run_like_any_other(small):
+    options = {"seeds": [0, 1, 2], "dropout_rates": [0.9], "config": TrainConfig(learning_rate=2e7), "epochs": 60}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        with pytest.raises(NonFiniteLossError) as caught:
+            sweep(small, small, **options)
+    run = caught.value.run
+    assert run.history.running_loss.shape[:2] == (1, 3)
+    assert all(isinstance(leaf, np.ndarray) and leaf.shape[:2] == (1, 3) for leaf in jax.tree.leaves(run))
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert (str(again), again.epoch, again.step) == (str(caught.value), caught.value.epoch, caught.value.step)
+    assert_close(again.run, run, rtol=0, atol=0)
 
 
 def test_reports_have_the_axes_of_the_result(small, validation):
