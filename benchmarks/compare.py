@@ -1,7 +1,11 @@
-"""Show a record against an earlier one: the ratio of the medians, row by row."""
+"""Show a record against an earlier one: the ratio of the medians, row by row.
+
+Notes on standard error what else differs: the processor, and flags.
+"""
 
 import dataclasses
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -11,7 +15,9 @@ import tyro
 from benchmarks import harness
 
 MEDIAN = "median (s)"
-TEXT = ("batch size", "what", "program", "start", "phase")
+TEXT = ("batch size", "what", "images", "program", "start", "phase")
+# Flags that say where data and records are.
+PLACES = ("data_dir", "output")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,13 +28,23 @@ class Flags:
     """Folder of the later one."""
 
 
-def timings(path: Path) -> dict[tuple, float]:
-    """Read the medians of one record file."""
+def read(path: Path) -> tuple[dict[tuple, float], dict[str, object]]:
+    """Read the medians of one record file, and what they depend on."""
+    medians: dict[tuple, float] = {}
     try:
-        rows = json.loads(path.read_text())["rows"]
-    except (ValueError, KeyError, TypeError) as error:
+        record = json.loads(path.read_text())
+        for row in record["rows"]:
+            if MEDIAN in row:
+                key = tuple(row[name] for name in TEXT if name in row)
+                if key in medians:
+                    raise ValueError(f"two rows are called {key}")
+                medians[key] = float(row[MEDIAN])
+                if not 0 < medians[key] < math.inf:
+                    raise ValueError(f"{MEDIAN} of {key} is {row[MEDIAN]}")
+        flags = {f"--{name}": value for name, value in record["flags"].items() if name not in PLACES}
+        return medians, {"processor": record["environment"]["processor"], **flags}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not a benchmark's record ({error!r})") from error
-    return {tuple(row[name] for name in TEXT if name in row): row[MEDIAN] for row in rows if MEDIAN in row}
 
 
 def main(flags: Flags) -> int:
@@ -40,7 +56,10 @@ def main(flags: Flags) -> int:
     for path in sorted(flags.new.glob("*.json")):
         if not (flags.old / path.name).exists():
             continue
-        old, new = timings(flags.old / path.name), timings(path)
+        (old, then), (new, now) = read(flags.old / path.name), read(path)
+        for name in sorted({*then, *now}):
+            if then.get(name) != now.get(name):
+                print(f"{path.name}: {name} was {then.get(name)} and is {now.get(name)}", file=sys.stderr)
         rows.extend(
             {
                 "benchmark": path.stem,

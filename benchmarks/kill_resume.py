@@ -82,6 +82,12 @@ def start(program: str, checkpoint: Path) -> subprocess.Popen:
     return process
 
 
+def half_written(checkpoint: Path) -> set[tuple[str, int, int]]:
+    """Tell which checkpoints are being written or were cut off, each by what no other has."""
+    found = ((path.name, path.stat()) for path in checkpoint.glob("*orbax-checkpoint-tmp*"))
+    return {(name, status.st_ino, status.st_ctime_ns) for name, status in found}
+
+
 def kill_and_resume(program: str, folder: Path, *, kills: int, seed: int) -> harness.Row:
     """Kill runs at random moments, start each again until it ends, and compare their ends.
 
@@ -102,6 +108,8 @@ def kill_and_resume(program: str, folder: Path, *, kills: int, seed: int) -> har
         ended += 1
         checkpoint = folder / f"run-{ended}"
         while True:
+            # What the kill before left stays until the run saves for the first time.
+            left = half_written(checkpoint)
             process = start(program, checkpoint)
             wait = moments.uniform(0, 1.1) * duration
             try:
@@ -111,7 +119,7 @@ def kill_and_resume(program: str, folder: Path, *, kills: int, seed: int) -> har
                 process.send_signal(signal.SIGKILL)
                 process.communicate()
                 killed += 1
-                saving += bool(list(checkpoint.glob("*orbax-checkpoint-tmp*")))
+                saving += bool(half_written(checkpoint) - left)
                 print(
                     f"kill {killed} of {kills}, {wait:.2f} s after the start of training", file=sys.stderr, flush=True
                 )

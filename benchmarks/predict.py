@@ -1,6 +1,7 @@
 """How many images a second does `predict` classify, one, a hundred and ten thousand at a time? Beside PyTorch."""
 
 import dataclasses
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -40,9 +41,12 @@ class Flags:
 
 
 def main(flags: Flags) -> None:
-    jax.config.update("jax_platforms", "cuda" if flags.device == "gpu" else "cpu")
-    device = "cuda" if flags.device == "gpu" else "cpu"
+    device = harness.use_device(flags.device)
     images = load(flags.data_dir).test.images
+    if not flags.sizes or not 1 <= min(flags.sizes) <= max(flags.sizes) <= len(images):
+        raise ValueError(f"--sizes must lie between 1 and {len(images):,}, got {flags.sizes}")
+    if not 0 < flags.seconds < math.inf:
+        raise ValueError(f"--seconds must be positive and finite, got {flags.seconds}")
     params = init_state(jax.random.key(0)).params
     model = TutorialMLP(RATE)
     set_params(model, params)

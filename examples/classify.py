@@ -50,6 +50,8 @@ class Flags:
 def main(flags: Flags) -> int:
     if flags.samples < 0:
         raise ValueError(f"--samples must be at least 0, got {flags.samples}")
+    if not 0 <= flags.seed < 2**32:
+        raise ValueError(f"--seed must lie between 0 and 2**32 - 1, got {flags.seed}")
     images: dict[Path, np.ndarray] = {}
     unread = 0
     for path in flags.images:
@@ -62,6 +64,7 @@ def main(flags: Flags) -> int:
         print("error: there is no image to classify", file=sys.stderr)
         return 1
 
+    files.prepare_directory(flags.output)
     if flags.model.exists():
         network = load_safetensors(flags.model)
         if network.class_names != CLASS_NAMES:
@@ -92,7 +95,6 @@ def main(flags: Flags) -> int:
     rows: list[tuple[str, ...]] = [("file", "class", "probability", "next", "probability", "entropy (nats)")]
     if mutual_information is not None:
         rows = [(*rows[0], "mutual information (nats)")]
-    files.prepare_directory(flags.output)
     for i, (path, image) in enumerate(images.items()):
         best, second = probabilities[i].argsort()[::-1][:2]
         row = [str(path)]
@@ -117,6 +119,7 @@ def main(flags: Flags) -> int:
 def train(flags: Flags) -> Network | None:
     """Train a network and keep it; give None if Ctrl-C stopped it early."""
     config = TrainConfig()
+    files.prepare_directory(flags.model.parent)
     splits = data.load(flags.data_dir)
     with Progress(flags.epochs) as progress:
         run = fit(

@@ -80,7 +80,7 @@ def main(flags: Flags) -> int:
         if writes:
             takers.append(stack.enter_context(Progress(flags.epochs)))
         if writes and flags.log:
-            takers.append(stack.enter_context(JsonLines(flags.log)))
+            takers.append(stack.enter_context(JsonLines(flags.log, holdout=flags.holdout)))
         run = sweep.sweep(
             train,
             validation,
@@ -107,13 +107,14 @@ def main(flags: Flags) -> int:
             raise FloatingPointError("no seed is left in which every arm has finite losses")
         run = jax.tree.map(lambda leaf: leaf[:, ~stopped], run)
 
-    names = [f"dropout {rate:g}" if rate else "no dropout" for rate in flags.rates]
+    names = [f"dropout {rate}" if rate else "no dropout" for rate in flags.rates]
     arms = {name: jax.tree.map(lambda leaf, i=i: leaf[i], run.history) for i, name in enumerate(names)}
     sections = [report.table(arms)]
     results = report.as_json(arms, seeds=seeds, config=config, dropout_rates=flags.rates, flags=vars(flags))
     verdicts = []
-    if 0.0 in flags.rates and len(flags.rates) > 1:
-        verdicts = evidence.judge(arms["no dropout"], arms[names[-1]])
+    dropped = [name for name, rate in zip(names, flags.rates, strict=True) if rate]
+    if dropped and "no dropout" in arms:
+        verdicts = evidence.judge(arms["no dropout"], arms[dropped[-1]])
         sections.append(report.verdicts(verdicts))
     if flags.holdout:
         tested = {"last epoch": run.state.params, "epoch chosen on the hold-out": run.best.params}

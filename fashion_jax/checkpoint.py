@@ -127,8 +127,8 @@ def restore(
 
     Args:
         directory: Holds the checkpoints.
-        like: A pytree with the structure that was saved. Leaves that have a shape and a dtype must agree with what was
-            saved; others do not matter.
+        like: A pytree with the structure that was saved. A leaf that is a `jax.ShapeDtypeStruct` tells the shape and
+            the dtype that were saved; other leaves do not matter.
         identity: What the run has to be that made it; any if left out.
 
     Returns:
@@ -439,7 +439,7 @@ def _read(path: Path, like: Any, identity: Mapping[str, Any] | None) -> Checkpoi
     if content_digest(tree) != seal["arrays"]:
         raise DamagedError(f"{path} is damaged: the SHA-256 of its arrays does not match")
     for name, here, there in zip(names, jax.tree.leaves(like), jax.tree.leaves(tree), strict=True):
-        if hasattr(here, "dtype") and (here.dtype, here.shape) != (there.dtype, there.shape):
+        if isinstance(here, jax.ShapeDtypeStruct) and (here.dtype, here.shape) != (there.dtype, there.shape):
             raise ValueError(
                 f"{path.parent} holds the checkpoints of another run: {name} is {_told(there)} there and {_told(here)} "
                 "here. Use the same network, optimiser and jax_enable_x64, or name another directory, or remove it"

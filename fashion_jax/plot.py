@@ -22,16 +22,16 @@ from fashion_jax.train import History
 # A bin of a handful of examples tells nothing but its noise.
 _FEWEST = 0.002
 _CURVES = {
-    "training, while training": ("running_loss", {"color": "#e8a33d", "linestyle": ":"}),
-    "training, evaluated": ("train", {"color": "#c4482e", "linestyle": "--"}),
-    "validation, evaluated": ("validation", {"color": "#123a6d", "linestyle": "-"}),
+    "training, while training": ("running_loss", {"color": "#e8a33d", "linestyle": ":", "marker": "o"}),
+    "training, evaluated": ("train", {"color": "#c4482e", "linestyle": "--", "marker": "^"}),
+    "validation, evaluated": ("validation", {"color": "#123a6d", "linestyle": "-", "marker": "s"}),
 }
 
 
 def losses(arms: Mapping[str, History], *, reference: Mapping[str, History] | None = None) -> Figure:
     """Draw the losses of each arm against the epoch, one panel an arm, on one scale.
 
-    Lines are means over runs and bands are +- one standard deviation. A dot marks the epoch with the lowest mean
+    Lines are means over runs and bands are +- one standard deviation. A ring marks the epoch with the lowest mean
     validation loss.
 
     Args:
@@ -69,11 +69,13 @@ def losses(arms: Mapping[str, History], *, reference: Mapping[str, History] | No
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
-        # Room below the curves for the label of the lowest loss.
-        axes.margins(y=0.14)
+        axes.margins(y=0.08)
+        if len(np.atleast_1d(history.running_loss).T) == 1:
+            axes.set_xlim(0, 2)
     runs = len(np.atleast_2d(next(iter(arms.values())).running_loss))
     panels[0].set_ylabel("loss (nats)" + (f", mean ± sd of {runs} runs" if runs > 1 else ""))
-    panels[-1].legend()
+    for axes in panels:
+        axes.legend(fontsize=8)
     return figure
 
 
@@ -420,7 +422,9 @@ def _curve(axes: Axes, values, label: str, style: dict) -> None:
         raise ValueError(f"a History's leaves must have axes [epochs] or [runs, epochs], got {list(np.shape(values))}")
     epochs = np.arange(1, runs.shape[1] + 1)
     mean = runs.mean(axis=0)
-    axes.plot(epochs, mean, label=label, linewidth=1.6, **style)
+    # A line through one point cannot be seen.
+    style = {**style, "marker": style["marker"] if len(mean) == 1 else ""}
+    axes.plot(epochs, mean, label=label, linewidth=1.6, markersize=5, **style)
     if len(runs) > 1:
         sd = runs.std(axis=0, ddof=1)
         axes.fill_between(epochs, mean - sd, mean + sd, color=style["color"], alpha=0.25, linewidth=0)
@@ -431,21 +435,12 @@ def _thin(axes: Axes, history: History) -> None:
         curves = np.atleast_2d(curves)
         epochs = np.arange(1, curves.shape[1] + 1)
         lines = axes.plot(epochs, curves.T, color="#777777", linewidth=0.8, linestyle=":" if i == 0 else "-")
-        if i == 1:
-            lines[0].set_label("PyTorch reference runs")
+        lines[0].set_label(f"PyTorch reference runs, {'while training' if i == 0 else 'validation'}")
 
 
 def _mark_best(axes: Axes, mean) -> None:
     best = int(mean.argmin())
-    along = best / max(1, len(mean) - 1)
-    side = "left" if along < 1 / 3 else "right" if along > 2 / 3 else "center"
-    axes.plot(best + 1, mean[best], "o", color="black", markersize=6, zorder=3)
-    axes.annotate(
-        f"lowest: {mean[best]:.3f}, epoch {best + 1}",
-        (best + 1, mean[best]),
-        xytext=(0, -22),
-        textcoords="offset points",
-        ha=side,
-        fontsize=8,
-        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
-    )
+    # In the legend, because beside the ring there are curves.
+    label = f"lowest validation: {mean[best]:.3f}, epoch {best + 1}"
+    ring = {"marker": "o", "markersize": 9, "fillstyle": "none", "markeredgewidth": 1.8, "linestyle": ""}
+    axes.plot(best + 1, mean[best], color="black", zorder=3, label=label, **ring)

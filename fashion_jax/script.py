@@ -40,7 +40,7 @@ def run_script(main: Callable[[Any], int], read_flags: Callable[[], Any]) -> NoR
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         checkpoint = getattr(flags, "checkpoint", None)
-        rest = f"the same command goes on from {checkpoint}" if checkpoint else "no results were written"
+        rest = f"the same command goes on from {checkpoint}" if checkpoint else "results are missing or incomplete"
         print(f"stopped at once; {rest}", file=sys.stderr, flush=True)
         sys.stdout.flush()
         # An orderly exit waits for the compiled program that is under way, which may be a long epoch.

@@ -248,7 +248,7 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path):
     finally:
         process.kill()
     assert process.returncode == 130
-    assert "stopped at once; no results were written" in errors
+    assert "stopped at once; results are missing or incomplete" in errors
 
 
 def run_code(code: str, *arguments) -> subprocess.CompletedProcess:
@@ -501,6 +501,8 @@ def test_only_a_directory_of_checkpoints_is_touched(tmp_path, name):
 def test_what_is_no_directory_is_refused(small, directory, unchecked):
     with pytest.raises(TypeError, match=r"checkpoint must be a directory or Checkpoints, got"):
         fit(small, small, key=KEY, epochs=1, checkpoint=directory)
+    with pytest.raises(TypeError, match=r"checkpoint must be a directory or Checkpoints, got"):
+        sweep(small, small, seeds=[0], dropout_rates=[0.0], train_sizes=[100], epochs=1, checkpoint=directory)
 
 
 @pytest.mark.parametrize(

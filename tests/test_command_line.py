@@ -5,6 +5,7 @@ Scripts are found by looking, so a new one is held to the same.
 
 import dataclasses
 import fcntl
+import json
 import os
 import re
 import runpy
@@ -125,6 +126,41 @@ def test_results_are_on_standard_output_and_notes_on_standard_error(tmp_path, mo
     assert result.returncode == 0, result.stderr
     assert re.fullmatch(results, result.stdout), result.stdout
     assert result.stderr == ("" if module == "compare" else f"cpu: wrote {tmp_path}/fuzz.json\n")
+
+
+def a_record(folder: Path, *, rows, flags) -> Path:
+    folder.mkdir()
+    record = {"rows": rows, "flags": flags, "environment": {"processor": "one"}}
+    (folder / "saving.json").write_text(json.dumps(record))
+    return folder
+
+
+def test_what_else_differs_between_records_is_told(tmp_path):
+    rows = [{"images": size, "program": "predict", "median (s)": 2.0 * size} for size in (1, 100)]
+    old = a_record(tmp_path / "old", rows=rows, flags={"epochs": 4, "output": "a"})
+    new = a_record(tmp_path / "new", rows=rows, flags={"epochs": 8, "output": "b"})
+    result = run("-m", "benchmarks.compare", old, new)
+    assert result.returncode == 0
+    assert [line.split("|")[2].strip() for line in result.stdout.splitlines()[2:]] == ["1, predict", "100, predict"]
+    assert result.stderr == "saving.json: --epochs was 4 and is 8\n"
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"program": "fit", "median (s)": 1.0}] * 2, "two rows are called"),
+        ([{"program": "fit", "median (s)": 0.0}], "is 0.0"),
+        ([{"program": "fit", "median (s)": "soon"}], "could not convert"),
+        ([None], "NoneType"),
+    ],
+)
+def test_a_damaged_record_is_named(tmp_path, rows, message):
+    good = a_record(tmp_path / "good", rows=[{"program": "fit", "median (s)": 1.0}], flags={})
+    bad = a_record(tmp_path / "bad", rows=rows, flags={})
+    result = run("-m", "benchmarks.compare", good, bad)
+    assert result.returncode == 1
+    assert result.stderr.startswith(f"error: {bad / 'saving.json'}: not a benchmark's record (")
+    assert message in result.stderr
 
 
 def test_a_failure_ends_with_status_1_and_nothing_on_standard_output(tmp_path):

@@ -236,12 +236,26 @@ def test_the_example_compares_both_arms_on_the_real_data(tmp_path):
     assert results["seeds"] == [0, 1]
     assert "test" not in results
     logged = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert {line["holdout"] for line in logged} == {0.0}
     of_dropout = [line["validation_loss"] for line in logged if line["dropout_rate"] == 0.2 and line["seed"] == 1]
     assert of_dropout == results["arms"]["dropout 0.2"]["validation"]["loss"][1]
     summary = json.loads((tmp_path / "out" / "report.json").read_text())
     assert len(summary["verdicts"]) == 7
     assert np.shape(summary["arms"]["dropout 0.2"]["late_rise"]) == (2,)
     assert "| dropout raises accuracy" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_the_example_compares_with_the_last_rate_that_drops_something(tmp_path):
+    flags = ("--epochs", 1, "--seeds", 2, "--train-size", 500, "--rates", 0.5, 0, "--output", tmp_path)
+    result = run_example(*flags)
+    assert result.returncode == 0, result.stderr
+    results = json.loads((tmp_path / "history.json").read_text())
+    assert list(results["arms"]) == ["dropout 0.5", "no dropout"]
+    plain, dropped = (
+        np.array(results["arms"][name]["validation"]["accuracy"]) for name in ("no dropout", "dropout 0.5")
+    )
+    raises = next(line for line in result.stdout.splitlines() if line.startswith("| dropout raises accuracy"))
+    assert f"{(dropped - plain)[:, -1].mean():+.4f}" in raises
 
 
 def test_the_example_touches_the_test_set_once_with_a_hold_out(tmp_path):
@@ -324,7 +338,8 @@ def test_the_reference_lies_under_the_curves():
     plain = plot.losses(arms).axes[0]
     under = plot.losses(arms, reference={"no dropout": report.read_curves(REFERENCE)[0.0]}).axes[0]
     assert len(under.lines) == len(plain.lines) + 6
-    assert "PyTorch reference runs" in [text.get_text() for text in under.get_legend().get_texts()]
+    told = [text.get_text() for text in under.get_legend().get_texts()]
+    assert told[:2] == ["PyTorch reference runs, while training", "PyTorch reference runs, validation"]
 
 
 def test_the_study_draws_a_line_a_size_and_marks_the_best_rate():

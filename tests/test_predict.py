@@ -371,6 +371,25 @@ def model(kept):
     return kept[0]
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--model", "file/network.safetensors"), "no files can be written into this directory"),
+        (("--output", "file/out"), "no files can be written into this directory"),
+        (("--seed", 2**32), "--seed must lie between 0 and 2**32 - 1, got 4294967296"),
+    ],
+)
+def test_what_cannot_be_written_is_told_before_training(tmp_path, splits, flags, message):
+    (tmp_path / "file").touch()
+    flag, value = flags
+    image = written(tmp_path, Image.fromarray(splits.test.images[0]))
+    place = value if flag == "--seed" else tmp_path / value
+    result = run_classify(image, *("--output", tmp_path / "out") * (flag != "--output"), flag, place, "--epochs", 1)
+    assert result.returncode == 1
+    assert message in result.stderr
+    assert "epoch 1/" not in result.stderr
+
+
 def test_twenty_files_keep_their_classes(tmp_path, splits, model):
     def enlarge(picture, scale):
         return picture.resize((28 * scale, 28 * scale), Resampling.BICUBIC)
