@@ -189,19 +189,25 @@ class JsonLines:
         """Remove what the file holds of these networks from an epoch on."""
         if not keys:
             return
-        kept, last, size = [], 0, 0
+        kept, size = [], 0
+        last = dict.fromkeys(keys, 0)
         for text in self._path.read_bytes().splitlines(keepends=True):
             line = json.loads(text)
-            mine = _key(line) in keys
-            if not (mine and line["epoch"] >= epoch):
+            key = _key(line)
+            if key not in keys or line["epoch"] < epoch:
                 kept.append(text)
-            last = max(last, line["epoch"] if mine else 0)
+            if key in keys:
+                last[key] = max(last[key], line["epoch"])
             size += len(text)
-        if last < epoch - 1:
-            _logger.warning("%s has no line of the epochs from %d to %d", self._path, last + 1, epoch - 1)
+        behind = [of_network for of_network in last.values() if of_network < epoch - 1]
+        if behind:
+            told = f"{len(behind)} of {len(keys)} networks" if len(keys) > 1 else "the network"
+            first = min(behind) + 1
+            _logger.warning("%s lacks lines of the epochs from %d to %d of %s", self._path, first, epoch - 1, told)
         content = b"".join(kept)
         if len(content) < size:
-            write_atomically(self._path, content)
+            # Where a link leads, and not in place of the link.
+            write_atomically(self._path.resolve(), content)
             self.close()
             self._file = _open_locked(self._path)
 

@@ -727,8 +727,9 @@ def run_epochs(
         saved = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct((*names.shape, *leaf.shape[min(names.ndim, 1) :]), leaf.dtype), lane
         )
-        any_: Any = 0
-        found = store.restore(Run(saved.state, History(any_, Metrics(any_, any_), Metrics(any_, any_)), saved.best))
+        # As long as the run that was saved.
+        leaf: Any = 0
+        found = store.restore(Run(saved.state, History(leaf, Metrics(leaf, leaf), Metrics(leaf, leaf)), saved.best))
         if found is not None:
             if found.step > epochs:
                 raise ValueError(
@@ -758,7 +759,9 @@ def run_epochs(
                     raise
                 noted.append(signal.SIGINT)
             except BaseException:
-                save()
+                # Of several processes this one alone may have failed, and to fetch the lanes takes all.
+                if jax.process_count() == 1:
+                    save()
                 raise
             # After the report: a run that ends in between reports the epoch again, and leaves none out.
             lane, rows = after, [*rows, history]

@@ -1,6 +1,7 @@
 """The epochs' figures as JSON lines: what a line says, what a kill leaves, and what a run that goes on adds."""
 
 import dataclasses
+import errno
 import functools
 import json
 import logging
@@ -211,8 +212,51 @@ def test_epochs_that_are_missing_are_told(path, caplog):
         log(end(1))
     with JsonLines(path) as log, caplog.at_level(logging.WARNING):
         log(end(4))
-    assert f"{path} has no line of the epochs from 2 to 3" in caplog.text
+    assert f"{path} lacks lines of the epochs from 2 to 3 of the network" in caplog.text
     assert epochs(path) == [1, 4]
+
+
+def test_networks_that_are_behind_the_others_are_told(path, caplog):
+    """As after an epoch that was written for some of them."""
+    with JsonLines(path) as log:
+        log(end(1, lanes=3))
+        log(end(2, lanes=3))
+    first, *others = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join((first, *others[:3])))
+    with JsonLines(path) as log, caplog.at_level(logging.WARNING):
+        log(end(3, lanes=3))
+    assert f"{path} lacks lines of the epochs from 2 to 2 of 2 of 3 networks" in caplog.text
+
+
+def test_a_link_stays_one(path):
+    path.parent.mkdir()
+    link = path.with_name("link")
+    link.symlink_to(path)
+    for _ in range(2):
+        with JsonLines(link) as log:
+            log(end(1))
+    assert link.is_symlink()
+    assert epochs(path) == [1]
+
+
+def test_an_epoch_that_was_written_in_part_is_whole_after_the_run_went_on(tiny, tmp_path, path):
+    """As on a disk that was full for a moment."""
+
+    class Full(JsonLines):
+        def _write(self, line):
+            if '"epoch": 2, "train_size": 50' in line and '"seed": 1' in line:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            super()._write(line)
+
+    run = functools.partial(
+        sweep, tiny, tiny, seeds=[0, 1, 2], dropout_rates=[0.0], config=CONFIG, epochs=3, checkpoint=tmp_path / "saved"
+    )
+    with Full(path) as log, pytest.raises(OSError, match="No space left"):
+        run(on_epoch=log)
+    with JsonLines(path) as log:
+        run(on_epoch=log)
+    for seed in (0, 1, 2):
+        assert epochs(path, seed=seed) == [1, 2, 3]
 
 
 def test_a_kill_at_any_moment_leaves_whole_lines_and_each_epoch_once(path):
