@@ -1,9 +1,11 @@
 """What callers get wrong: each mistake ends in an error that names the argument, or changes nothing."""
 
 import dataclasses
+import json
 import os
 import subprocess
 import sys
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 
@@ -293,6 +295,27 @@ def test_any_batch_size_trains_on_every_example(tiny, size):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(run.history))
     expected = train.eval_step(run.state.params, tiny, config=config).loss
     assert run.history.validation.loss[0] == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_numbers_of_other_kinds_are_kept_as_python_s(tiny, tmp_path):
+    """So that a checkpoint, and a file with weights, can tell them."""
+    fields = {"hidden": (np.int64(8),), "batch_size": np.int32(16), "learning_rate": Fraction(3, 1000), "max_norm": 2}
+    config = TrainConfig(**fields)
+    assert config == TrainConfig(hidden=(8,), batch_size=16, learning_rate=0.003, max_norm=2.0)
+    assert json.loads(json.dumps(config.as_dict())) == config.as_dict()
+    assert [type(value) for value in (config.hidden[0], config.batch_size, config.max_norm)] == [int, int, float]
+    fit(tiny, tiny, key=KEY, config=config, dropout_rate=Fraction(1, 5), epochs=1, checkpoint=tmp_path)
+
+
+def test_a_label_of_eight_bits_that_names_no_class_gives_no_number():
+    log_probs = jnp.log(jnp.full((3, 200), 1 / 200))
+    loss = train.negative_log_likelihood(log_probs, np.array([-1, 100, 127], np.int8))
+    assert np.isnan(loss).tolist() == [True, False, False]
+
+
+def test_weights_that_are_no_array_are_refused(tiny, state, unchecked):
+    with pytest.raises(TypeError, match=r"weights must be an array, got \["):
+        train.train_step(state, tiny, KEY, config=CONFIG, dropout_rate=0.0, weights=[1.0] * 50)
 
 
 def test_weights_of_another_length_are_refused(tiny, state):

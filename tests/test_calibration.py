@@ -73,6 +73,9 @@ def test_entropy_and_detection_against_their_definitions():
         (np.log(np.full((3, 2), 0.5)), np.zeros(3, int), "sum to 1 in each row"),
         (np.full((3, 2), np.nan), np.zeros(3, int), "sum to 1 in each row"),
         (np.ones((3, 2)), np.zeros(3, int), "sum to 1 in each row"),
+        (np.full((3, 2), 0.5), np.array([0, 2, 1]), "labels must be ints from 0 to 1, got int64 from 0 to 2"),
+        (np.full((3, 2), 0.5), np.array([0, -1, 1]), "labels must be ints from 0 to 1, got int64 from -1 to 1"),
+        (np.full((3, 2), 0.5), np.zeros(3), "labels must be ints from 0 to 1, got float64"),
     ],
 )
 def test_what_is_no_distribution_is_refused(probabilities, labels, message, unchecked):

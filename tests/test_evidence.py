@@ -90,6 +90,12 @@ def test_pairing_removes_what_seeds_share(unchecked):
         interval(np.array([]))
 
 
+def test_an_absurd_loss_does_not_hide_the_others():
+    loss = np.array([[0.9, 0.8, 0.7], [0.9, 0.5, 0.8], [1e18, 0.9, 0.9]])
+    expected = [np.delete(loss, i, axis=0).mean(axis=0).argmin() for i in range(3)]
+    assert evidence.best_epochs(loss).tolist() == expected == [1, 2, 1]
+
+
 def test_an_epoch_chosen_by_the_others_does_not_flatter():
     """The trap: the minimum of a noisy flat curve lies below its end, although nothing rises."""
     flat = np.random.default_rng(3).normal(0.4, 0.01, (4_000, EPOCHS))
