@@ -21,7 +21,6 @@ README = ROOT / "README.md"
 # Names in the tables, and how the folders of their records end.
 MACHINES = {"AMD": "amd-epyc-2-cores", "Intel": "intel-xeon-2-cores"}
 RECORDS = ROOT / "benchmarks" / "records"
-RECORD = RECORDS / "2026-11-24-amd-epyc-2-cores"
 BLOCK = re.compile(r"(<!-- table: ([\w' ]+) -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
 # From five PyTorch runs and 8 seeds of a prototype.
 BANDS = (
@@ -34,9 +33,14 @@ BANDS = (
 )
 
 
+def newest(path: str) -> str:
+    """Read a file of the newest record that has it."""
+    return max(RECORDS.glob(f"*/{path}")).read_text()
+
+
 def table_of(path: str, number: int) -> str:
     """Take a table of a report, counted from 0."""
-    tables = re.findall(r"(?:^\|.*\n)+", (RECORD / path).read_text(), re.MULTILINE)
+    tables = re.findall(r"(?:^\|.*\n)+", newest(path), re.MULTILINE)
     return tables[number].strip()
 
 
@@ -69,9 +73,9 @@ def spread(row: dict[str, Any], digits: int) -> str:
 
 def reproduced() -> str:
     """Means of the last five epochs, ours and PyTorch's."""
-    arms = json.loads((RECORD / "seeds32" / "history.json").read_text())["arms"]
+    arms = json.loads(newest("seeds32/history.json"))["arms"]
     # [ours and theirs, arms, seeds, figures]
-    theirs = np.array(json.loads((RECORD / "distribution.json").read_text())["measured"])[1].mean(axis=1)
+    theirs = np.array(json.loads(newest("distribution.json"))["measured"])[1].mean(axis=1)
     rows: list[tuple[str, ...]] = [("arm", "figure", "ours, 32 seeds", "PyTorch, 8 seeds", "band of earlier runs")]
     for (arm, figure, band), other in zip(BANDS, theirs.ravel(), strict=True):
         curves = {
@@ -162,7 +166,7 @@ def images_a_second() -> str:
 
 def rivals(measure: str) -> str:
     """What each rival reaches in each situation, on the test set."""
-    found = json.loads((RECORD / "when_dropout_helps" / "report.json").read_text())["test"]
+    found = json.loads(newest("when_dropout_helps/report.json"))["test"]
     rows: list[tuple[str, ...]] = [("rival", *found)]
     for rival in next(iter(found.values())):
         cells = (str(evidence.interval(np.array(of[rival][measure]))).replace("+", "") for of in found.values())
@@ -183,7 +187,7 @@ def types() -> str:
 
 def differences_of_types() -> str:
     """What bfloat16 changes on the hold-out."""
-    found = json.loads((RECORD / "dtype.json").read_text())["differences"]
+    found = json.loads(newest("dtype.json"))["differences"]
     return report.markdown([("hold-out", "mean and 95% interval"), *found.items()])
 
 

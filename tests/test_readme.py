@@ -34,7 +34,7 @@ def test_intervals_in_the_text_are_in_a_report():
     """Such as +0.0510 [+0.0425, +0.0595]."""
     intervals = re.findall(r"[+-]?\d\.\d+ \[[+-]?\d\.\d+, [+-]?\d\.\d+\]", readme.BLOCK.sub("", TEXT))
     assert len(intervals) > 5
-    reports = "".join(path.read_text() for path in readme.RECORD.rglob("report.md"))
+    reports = "".join(path.read_text() for path in readme.RECORDS.rglob("report.md"))
     for interval in intervals:
         assert interval in reports
 
