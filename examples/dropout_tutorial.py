@@ -324,7 +324,7 @@ print(f"training loss, dropout on:  {negative_log_likelihood(on, labels).mean():
 # training images.
 #
 # Here are all three curves, over all seeds: a line is the mean, and the band around it is one standard deviation to
-# each side. The dot is the lowest mean validation loss.
+# each side. The ring is at the lowest mean validation loss.
 
 # %%
 display(losses(arms))

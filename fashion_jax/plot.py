@@ -405,8 +405,8 @@ def rivals(situations: Mapping[str, Mapping[str, Scores]], *, measures: Mapping[
             axes.set_yticks(range(len(names)), labels=names)
             axes.xaxis.set_major_locator(MaxNLocator(4))
         row[0].set_title(title, loc="left", fontsize=10)
-    # The rows share one vertical axis.
-    grid[0, 0].invert_yaxis()
+    # The rows share one vertical axis, on which the first rival is on top.
+    grid[0, 0].set_ylim(len(names) - 0.5, -0.5)
     meanings = [
         Line2D([], [], color="black", linestyle="", marker="o", markersize=4, fillstyle="none", label="one seed"),
         Line2D([], [], color="black", linewidth=2, marker="o", markersize=6, label="mean and 95% interval"),
