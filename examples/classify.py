@@ -17,6 +17,7 @@ import tyro
 from fashion_jax import CLASS_NAMES, TrainConfig, calibration, data, files, fit, plot, report
 from fashion_jax.interop import Network, load_safetensors, save_safetensors
 from fashion_jax.log import Progress
+from fashion_jax.model import check_rate
 from fashion_jax.predict import predict, predict_mc, read_image
 from fashion_jax.script import run_script
 
@@ -64,7 +65,6 @@ def main(flags: Flags) -> int:
         print("error: there is no image to classify", file=sys.stderr)
         return 1
 
-    files.prepare_directory(flags.output)
     if flags.model.exists():
         network = load_safetensors(flags.model)
         if network.class_names != CLASS_NAMES:
@@ -95,6 +95,7 @@ def main(flags: Flags) -> int:
     rows: list[tuple[str, ...]] = [("file", "class", "probability", "next", "probability", "entropy (nats)")]
     if mutual_information is not None:
         rows = [(*rows[0], "mutual information (nats)")]
+    files.prepare_directory(flags.output)
     for i, (path, image) in enumerate(images.items()):
         best, second = probabilities[i].argsort()[::-1][:2]
         row = [str(path)]
@@ -119,7 +120,9 @@ def main(flags: Flags) -> int:
 def train(flags: Flags) -> Network | None:
     """Train a network and keep it; give None if Ctrl-C stopped it early."""
     config = TrainConfig()
-    files.prepare_directory(flags.model.parent)
+    check_rate(flags.rate)
+    for directory in (flags.output, flags.model.parent):
+        files.prepare_directory(directory)
     splits = data.load(flags.data_dir)
     with Progress(flags.epochs) as progress:
         run = fit(

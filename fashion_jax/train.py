@@ -134,7 +134,7 @@ class NonFiniteLossError(FloatingPointError):
         super().__init__(message)
         self.epoch, self.step, self.run = epoch, step, run
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Callable[[], "NonFiniteLossError"], tuple[()]]:
         return functools.partial(type(self), str(self), epoch=self.epoch, step=self.step, run=self.run), ()
 
 

@@ -129,7 +129,7 @@ from fashion_jax import Run, TrainConfig, fit, load
 from fashion_jax.log import JsonLines
 
 train, test = load()
-with JsonLines("log.jsonl", seeds=[0]) as log:
+with JsonLines("log.jsonl", seed=0) as log:
     run: Run = fit(train, test, key=jax.random.key(0), config=TrainConfig(batch_size=128), epochs=1, on_epoch=log)
 loss = float(run.history.validation.loss[-1])
 """
@@ -140,7 +140,7 @@ MISTAKES = {
     "fit(train, test, key=jax.random.key(0), epoch=1)": "reportCallIssue",
     "run.history.validation.losses": "reportAttributeAccessIssue",
     "config: TrainConfig = run": "reportAssignmentType",
-    'JsonLines("log.jsonl", seeds=0)': "reportArgumentType",
+    'JsonLines("log.jsonl", seed=[0])': "reportArgumentType",
 }
 
 
