@@ -70,7 +70,7 @@ def losses(arms: Mapping[str, History], *, reference: Mapping[str, History] | No
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         axes.margins(y=0.08)
-        if len(np.atleast_1d(history.running_loss).T) == 1:
+        if np.shape(history.running_loss)[-1] == 1:
             axes.set_xlim(0, 2)
     runs = len(np.atleast_2d(next(iter(arms.values())).running_loss))
     panels[0].set_ylabel("loss (nats)" + (f", mean ± sd of {runs} runs" if runs > 1 else ""))

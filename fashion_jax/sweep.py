@@ -291,7 +291,6 @@ def _sweep(
                 on_epoch=on_epoch,
                 epoch_end=functools.partial(
                     EpochEnd,
-                    epochs=epochs,
                     config=config,
                     train_size=len(train.labels),
                     dropout_rates=tuple(dropout_rates),

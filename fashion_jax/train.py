@@ -602,7 +602,6 @@ def fit(
             on_epoch=on_epoch,
             epoch_end=functools.partial(
                 EpochEnd,
-                epochs=epochs,
                 config=config,
                 train_size=len(train.labels),
                 dropout_rates=(dropout_rate,),
@@ -700,7 +699,7 @@ def run_epochs(
         steps: Steps of an epoch.
         names: Name of each lane, in the axes that `to_host` gives: [] or [rates, seeds].
         on_epoch: Receives the reports.
-        epoch_end: Makes a report of `epoch`, `history` and `fetch_state`.
+        epoch_end: Makes a report of `epoch`, `epochs`, `history` and `fetch_state`.
         store: Where to save and to go on from.
         to_host: Brings a pytree to the host, as NumPy arrays.
         to_devices: Brings one back.
@@ -753,7 +752,7 @@ def run_epochs(
             try:
                 if on_epoch is not None:
                     fetch_state = functools.partial(to_host, after.state)
-                    on_epoch(epoch_end(epoch=len(rows) + 1, history=history, fetch_state=fetch_state))
+                    on_epoch(epoch_end(epoch=len(rows) + 1, epochs=epochs, history=history, fetch_state=fetch_state))
             except KeyboardInterrupt:
                 if len(noted) > 1:
                     raise

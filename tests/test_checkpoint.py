@@ -23,7 +23,7 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from benchmarks.kill_resume import kill_and_resume
+from benchmarks.kill_resume import half_written, kill_and_resume
 from fashion_jax import FashionMLP, TrainConfig, fit
 from fashion_jax.checkpoint import Checkpoints, DamagedError, Store, content_digest, restore
 from fashion_jax.evidence import summarise
@@ -181,6 +181,20 @@ def test_killed_at_random_moments(tmp_path):
     row = kill_and_resume("fit", tmp_path, kills=3, seed=3)
     assert row["kills"] == 3
     assert row["runs that differ"] == 0
+
+
+def test_what_an_earlier_kill_left_is_not_counted_again(tmp_path):
+    place = tmp_path / "2.orbax-checkpoint-tmp"
+    assert not half_written(tmp_path)
+    place.mkdir()
+    left = half_written(tmp_path)
+    assert left
+    assert not half_written(tmp_path) - left
+    (tmp_path / "3.orbax-checkpoint-tmp").mkdir()
+    place.rmdir()
+    place.mkdir()
+    (place / "file").touch()
+    assert len(half_written(tmp_path) - left) == 2
 
 
 def run_example(*flags, **options) -> subprocess.Popen:

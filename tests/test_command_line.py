@@ -163,6 +163,19 @@ def test_a_damaged_record_is_named(tmp_path, rows, message):
     assert message in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--sizes", 1, 20_000), "error: --sizes must lie between 1 and 10,000, got (1, 20000)\n"),
+        (("--seconds", "inf"), "error: --seconds must be positive and finite, got inf\n"),
+    ],
+)
+def test_predict_is_not_timed_on_images_that_are_not_there(tmp_path, flags, message):
+    result = run("-m", "benchmarks.predict", *flags, "--output", tmp_path / "out")
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr.endswith(message)
+
+
 def test_a_failure_ends_with_status_1_and_nothing_on_standard_output(tmp_path):
     result = run("-m", "benchmarks.compare", tmp_path, RECORD)
     assert result.returncode == 1

@@ -187,15 +187,19 @@ def test_ctrl_c_returns_the_complete_epochs(small, validation):
 
 
 @pytest.mark.usefixtures("interruptible")
-def test_no_size_starts_after_ctrl_c(small, validation):
+@pytest.mark.parametrize(("at", "complete"), [(1, 1), (2, 2)])
+def test_no_size_starts_after_ctrl_c(small, validation, at, complete):
     """In a size's last epoch, too, after which its run is complete."""
+    ends = []
 
     def interrupt(end):
-        if (end.train_size, end.epoch) == (200, 2):
+        ends.append((end.train_size, end.epoch))
+        if ends[-1] == (200, at):
             signal.raise_signal(signal.SIGINT)
 
     run = sweep_all(small, validation, train_sizes=[100, 200, 300], on_epoch=interrupt)
-    assert run.history.running_loss.shape == (2, 2, 3, 2)
+    assert ends[-1] == (200, at)
+    assert run.history.running_loss.shape == (complete, 2, 3, 2)
 
 
 def test_other_generators_draw_for_one_lane_at_a_time(small, validation):
