@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import json
 import os
 import re
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from events import scalars
 from flax import linen as nn
 
 import fashion_jax
@@ -76,6 +78,12 @@ def test_examples_run(tmp_path):
     names = sorted(pages, key=lambda name: "use_all_cores()" not in pages[name])
     # What the package itself warns of is a part of the pages.
     run("-W", "error", "-W", "default::UserWarning", "-m", "doctest", "-o", "ELLIPSIS", *names, cwd=tmp_path)
+    # The page on logs writes one run's figures in two ways.
+    lines = [json.loads(line) for line in (tmp_path / "runs" / "log.jsonl").read_text().splitlines()]
+    names = {"loss/training": "train_loss", "loss/validation": "validation_loss", "accuracy": "validation_accuracy"}
+    assert scalars(tmp_path / "runs" / "tensorboard") == {
+        tag: [(line["epoch"], line[name]) for line in lines] for tag, name in names.items()
+    }
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(DOCS).as_posix())

@@ -12,8 +12,10 @@ import sys
 from pathlib import Path
 
 import jax
+import nbformat
 import numpy as np
 import pytest
+from nbclient import NotebookClient
 
 from fashion_jax import Batch, History, Metrics, TrainConfig, fit
 from fashion_jax.checkpoint import Checkpoints
@@ -387,3 +389,20 @@ def test_a_sweep_tells_its_seeds_itself(path):
     with pytest.raises(ValueError, match=f"{path}: this log is closed"):
         log(end(1, lanes=1))
     assert not read(path)
+
+
+def test_progress_is_a_bar_in_a_notebook(small, tmp_path):
+    np.savez(tmp_path / "small.npz", *small)
+    source = f"""
+import jax, numpy as np
+from fashion_jax import Batch, fit
+from fashion_jax.log import Progress
+train = Batch(*np.load({str(tmp_path / "small.npz")!r}).values())
+with Progress(epochs=1) as progress:
+    run = fit(train, train, key=jax.random.key(0), epochs=1, on_epoch=progress)
+"""
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
+    NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}).execute()
+    shown = "".join(output.get("text", "") + str(output.get("data", "")) for output in notebook.cells[0].outputs)
+    assert "1/1" in shown
+    assert "accuracy=" in shown

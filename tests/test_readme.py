@@ -1,4 +1,4 @@
-"""What the README says is what the records say; what it points at is there, and what it tells to run runs."""
+"""What README and documentation say is what the records say; what they point at is there, and commands run."""
 
 import os
 import re
@@ -10,42 +10,57 @@ import tomllib
 from pathlib import Path
 from typing import NamedTuple
 
-import nbformat
 import numpy as np
 import pytest
 import tyro
-from nbclient import NotebookClient
 from PIL import Image
 
-from benchmarks import readme
+from benchmarks import tables
 from fashion_jax import CLASS_NAMES, data
 
-TEXT = readme.README.read_text()
-ROOT = readme.ROOT
+ROOT = tables.ROOT
+TEXTS = {document: document.read_text() for document in tables.DOCUMENTS}
+TEXT = TEXTS[ROOT / "README.md"]
+each_document = pytest.mark.parametrize("document", TEXTS, ids=lambda document: document.name)
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
-def test_tables_are_those_of_the_records():
-    assert {name for _, name, _, _ in readme.BLOCK.findall(TEXT)} == readme.TABLES.keys()
-    assert readme.fill(TEXT) == TEXT
+def test_every_table_is_somewhere():
+    assert {name for text in TEXTS.values() for _, name, _, _ in tables.BLOCK.findall(text)} == tables.TABLES.keys()
 
 
-def test_intervals_in_the_text_are_in_a_report():
+@each_document
+def test_tables_are_those_of_the_records(document):
+    assert tables.fill(TEXTS[document]) == TEXTS[document]
+
+
+INTERVAL = re.compile(r"[+-]?\d\.\d+ \[[+-]?\d\.\d+, [+-]?\d\.\d+\]")
+
+
+@each_document
+def test_intervals_in_the_text_are_in_a_report(document):
     """Such as +0.0510 [+0.0425, +0.0595]."""
-    intervals = re.findall(r"[+-]?\d\.\d+ \[[+-]?\d\.\d+, [+-]?\d\.\d+\]", readme.BLOCK.sub("", TEXT))
-    assert len(intervals) > 5
-    reports = "".join(path.read_text() for path in readme.RECORDS.rglob("report.md"))
-    for interval in intervals:
+    prose = re.sub(r"^ *```.*?^ *```$", "", tables.BLOCK.sub("", TEXTS[document]), flags=re.MULTILINE | re.DOTALL)
+    reports = "".join(path.read_text() for path in tables.RECORDS.rglob("report.md"))
+    for interval in INTERVAL.findall(prose):
         assert interval in reports
 
 
-def test_files_that_it_names_are_there():
-    links = re.findall(r"\]\(([^):]+)\)", TEXT)
-    named = re.findall(r"`((?:benchmarks|examples|tests|scripts|fashion_jax)/[\w./-]+)`", TEXT)
-    assert len(links) > 3
-    assert len(named) > 5
-    for name in {*links, *named}:
-        assert (ROOT / name).exists(), name
+def test_there_are_intervals_in_the_text():
+    assert len(INTERVAL.findall(tables.BLOCK.sub("", TEXT))) > 5
+
+
+@each_document
+def test_files_that_it_names_are_there(document):
+    # Those to the reference are Sphinx's.
+    links = re.findall(r"\]\((?!fashion_jax\.)([^):#]+)(?:#[\w-]*)?\)", TEXTS[document])
+    named = re.findall(r"`((?:benchmarks|docs|examples|tests|scripts|fashion_jax)/[\w./-]+)`", TEXTS[document])
+    for place in [*(document.parent / link for link in links), *(ROOT / name for name in named)]:
+        assert place.exists(), place
+
+
+def test_it_names_files():
+    assert len(re.findall(r"\]\((?:docs|benchmarks)/", TEXT)) > 5
 
 
 class Block(NamedTuple):
@@ -81,31 +96,6 @@ assert min(history.validation.accuracy[-1] for history in arms.values()) > 0.75
         """
 again = fit(train, test, key=jax.random.key(0), dropout_rate=0.2, epochs=1, checkpoint="runs/saved")
 jax.tree.map(lambda first, second: (first == second).all() or 1 / 0, run, again)
-""",
-    ),
-    Block("as progress", {"epochs=30": "epochs=1"}, "assert len(run.history.running_loss) == 1"),
-    Block(
-        "as log",
-        {"epochs=30": "epochs=2"},
-        """
-import json
-lines = [json.loads(line) for line in Path("runs/log.jsonl").read_text().splitlines()]
-assert [line["validation_loss"] for line in lines] == run.history.validation.loss.tolist()
-""",
-    ),
-    Block(
-        "as board",
-        {"epochs=30": "epochs=2"},
-        """
-from events import scalars
-curves = {
-    "loss/training": run.history.train.loss,
-    "loss/validation": run.history.validation.loss,
-    "accuracy": run.history.validation.accuracy,
-}
-assert scalars(Path("runs/tensorboard")) == {
-    name: [(1, float(curve[0])), (2, float(curve[1]))] for name, curve in curves.items()
-}
 """,
     ),
     Block(
@@ -192,32 +182,14 @@ def test_pictures_are_classified_by_the_command_and_by_the_block(place):
     run(place, sys.executable, "-W", "error", "-c", programs()[2])
 
 
-def test_progress_is_a_bar_in_a_notebook(small, tmp_path):
-    np.savez(tmp_path / "small.npz", *small)
-    before = f"""
-import jax, numpy as np
-from fashion_jax import Batch, TrainConfig, fit
-train = test = Batch(*np.load({str(tmp_path / "small.npz")!r}).values())
-"""
-    (block, content), *_ = (
-        pair for pair in zip(BLOCKS, python_blocks(), strict=True) if pair[0].tells == "as progress"
-    )
-    cells = [nbformat.v4.new_code_cell(source) for source in (before, shortened(block, content))]
-    notebook = nbformat.v4.new_notebook(cells=cells)
-    NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}).execute()
-    shown = "".join(output.get("text", "") + str(output.get("data", "")) for output in notebook.cells[1].outputs)
-    assert "1/1" in shown
-    assert "accuracy=" in shown
-
-
 # Commands: those that stand alone, indented by four spaces, and those in the text.
 
 
 def commands(kind: str | None = None) -> list[str]:
-    prose = FENCED.sub("", TEXT)
+    prose = FENCED.sub("", "\n".join(TEXTS.values()))
     alone = [line.strip() for line in prose.splitlines() if line.startswith("    ")]
     found = [*alone, *(span for span in re.findall(r"`([^`\n]+)`", prose) if kind_of(span))]
-    return [command for command in found if kind in (None, kind_of(command))]
+    return [command for command in dict.fromkeys(found) if kind in (None, kind_of(command))]
 
 
 def kind_of(text: str) -> str | None:
@@ -226,7 +198,7 @@ def kind_of(text: str) -> str | None:
         words = [word for word in shlex.split(text, comments=True) if not re.match(r"[A-Z_]+=", word)]
     except ValueError:
         return None
-    if len(words) < 2 or not (words[0].startswith(".venv/bin/") or words[0] in {"make", "python", "pip", "sh", "grep"}):
+    if len(words) < 2 or not (words[0].startswith(".venv/bin/") or words[0] in {"make", "python", "pip", "sh"}):
         return None
     name = Path(words[0]).name
     if name == "python":
@@ -237,7 +209,7 @@ def kind_of(text: str) -> str | None:
 def test_every_command_is_known():
     """Each kind has a test below."""
     for command in commands():
-        assert kind_of(command) in {"make", "script", "fashion_jax.data", "pip", "grep", "jupyter"} or DIGEST.fullmatch(
+        assert kind_of(command) in {"make", "script", "fashion_jax.data", "pip", "jupyter"} or DIGEST.fullmatch(
             command
         ), f"{command!r} needs a test"
     assert len(commands()) > 10
@@ -292,12 +264,6 @@ def test_jupyter_finds_a_notebook(command):
     _, lab, folder = shlex.split(command)
     assert lab == "lab"
     assert list((ROOT / folder).glob("*.ipynb"))
-
-
-@pytest.mark.parametrize("command", commands("grep"))
-def test_grep_finds_lines(place, command):
-    """In what the Python blocks have written."""
-    assert run(place, *shlex.split(command)).stdout
 
 
 DIGEST = re.compile(r"([0-9a-f]{64})  ([\w-]+)")

@@ -1,4 +1,4 @@
-"""Fill the README's tables from the records, so that no figure in them is typed by hand.
+"""Fill the tables of README and documentation from the records, so that no figure in them is typed by hand.
 
 A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`; `TABLES` tells which record it comes from.
 """
@@ -17,7 +17,7 @@ from benchmarks import harness
 from fashion_jax import evidence, files, report
 
 ROOT = Path(__file__).parents[1]
-README = ROOT / "README.md"
+DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 # Names in the tables, and how the folders of their records end.
 MACHINES = {"AMD": "amd-epyc-2-cores", "Intel": "intel-xeon-2-cores"}
 RECORDS = ROOT / "benchmarks" / "records"
@@ -244,9 +244,11 @@ class Flags:
 
 
 def main(flags: Flags) -> int:
-    text = README.read_text()
-    files.write_atomically(README, fill(text))
-    print(f"{len(BLOCK.findall(text))} tables of {README} are as the records say", file=sys.stderr)
+    for document in DOCUMENTS:
+        text = document.read_text()
+        if tables := BLOCK.findall(text):
+            files.write_atomically(document, fill(text))
+            print(f"{len(tables)} tables of {document} are as the records say", file=sys.stderr)
     return 0
 
 
