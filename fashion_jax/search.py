@@ -57,7 +57,7 @@ def train_settings(
         For each name a Run of NumPy arrays, whose leaves have a leading axis [seeds].
 
     Raises:
-        KeyboardInterrupt: Ctrl-C was pressed; what was trained is in the checkpoint directory.
+        KeyboardInterrupt: Ctrl-C was pressed, in the last epoch too; what was trained is in the checkpoint directory.
         TypeError: An argument has the wrong type or dtype.
         ValueError: An argument is out of range, there is no setting, or a checkpoint could not tell settings apart.
 
@@ -87,15 +87,14 @@ def train_settings(
                 on_epoch=on_epoch,
                 checkpoint=places[config, epochs],
             )
-            if run.history.running_loss.shape[-1] < epochs:
+            if noted:
                 break
             for name, setting in settings.items():
                 if (setting.config, setting.epochs) == (config, epochs):
                     lane = rates.index(setting.dropout_rate)
                     runs[name] = jax.tree.map(lambda leaf, lane=lane: np.asarray(leaf[lane]), run)
-            if noted:
-                break
-    if len(runs) < len(settings):
+    # In the very last epoch, too: nothing else tells a script not to start its next search.
+    if noted:
         raise KeyboardInterrupt
     return {name: runs[name] for name in settings}
 

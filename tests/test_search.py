@@ -83,6 +83,24 @@ def test_no_program_starts_after_ctrl_c(small, tmp_path, at):
         train_settings(small, small, settings=SETTINGS, seeds=[0], on_epoch=interrupt)
 
 
+@pytest.mark.usefixtures("interruptible")
+def test_ctrl_c_in_the_last_epoch_of_all_is_told(small, tmp_path):
+    """Or a script would start its next search."""
+    settings = {"one": Setting(TrainConfig(hidden=(8,)), 0.0, 1)}
+    with pytest.raises(KeyboardInterrupt):
+        train_settings(
+            small,
+            small,
+            settings=settings,
+            seeds=[0],
+            on_epoch=lambda end: signal.raise_signal(signal.SIGINT),
+            checkpoint=tmp_path,
+        )
+    ends = []
+    train_settings(small, small, settings=settings, seeds=[0], on_epoch=ends.append, checkpoint=tmp_path)
+    assert not ends
+
+
 def test_functions_of_one_name_do_not_share_a_checkpoint(small, tmp_path):
     def network(width):
         return TrainConfig(model=lambda dropout_rate: FashionMLP((width,), dropout_rate))
