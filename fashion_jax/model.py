@@ -116,7 +116,8 @@ class FashionMLP(nn.Module):
         hidden: Units of each hidden layer, input side first.
         dropout_rate: Share of hidden units to drop while training, in [0, 1); may be a traced value.
         input_dropout: Share of pixels to drop while training, after they are standardised.
-        dtype: Type that the matrix products are computed in; the parameters' own if None.
+        dtype: Type that the matrix products are computed in; the parameters' own if None, in full precision on every
+            device, unless `jax_default_matmul_precision` is set.
         classes: Number of classes.
 
     Raises:
@@ -356,6 +357,18 @@ def _linear(x, features: int, dtype: str | None, name: str):
     def init(key, shape, dtype):
         return (2 * uniform(key, shape) - 1).astype(dtype) * bound
 
+    # By JAX's default GPUs multiply float32 in TF32, which has ten bits, and TPUs in bfloat16; PyTorch does neither.
+    # Whoever has chosen another default means it.
+    chosen = dtype is not None or jax.default_matmul_precision.value is not None
+    precision = None if chosen else jax.lax.Precision.HIGHEST
     param_dtype = jnp.result_type(float)
-    layer = nn.Dense(features, dtype=dtype, kernel_init=init, bias_init=init, param_dtype=param_dtype, name=name)
+    layer = nn.Dense(
+        features,
+        dtype=dtype,
+        kernel_init=init,
+        bias_init=init,
+        param_dtype=param_dtype,
+        precision=precision,
+        name=name,
+    )
     return layer(x).astype(param_dtype)

@@ -1,4 +1,6 @@
 import csv
+import functools
+import re
 from pathlib import Path
 
 import jax
@@ -98,6 +100,24 @@ def test_adam_steps_against_float64_numpy(small):
 
 def _scale(tree, factor):
     return jax.tree.map(lambda leaf: factor * leaf, tree)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "default", "precision"),
+    [(None, None, "HIGHEST"), (None, "tensorfloat32", "HIGH"), ("bfloat16", None, "DEFAULT")],
+)
+def test_matrix_products_are_in_float32_unless_something_else_was_chosen(small, dtype, default, precision):
+    """On GPUs JAX's own default is TF32: forward products, and those of both gradients."""
+    config = TrainConfig(dtype=dtype)
+    state = init_state(jax.random.key(0), config=config)
+    batch = Batch(*(leaf[:64] for leaf in small))
+    step = jax.jit(functools.partial(train_step, config=config, dropout_rate=0.2))
+    with jax.default_matmul_precision(default):
+        text = step.lower(state, batch, jax.random.key(0)).as_text()
+    products = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
+    assert len(products) == 4 + 4 + 3
+    found = [re.search(r"precision = \[(\w+), (\w+)\]", line) for line in products]
+    assert {match.groups() if match else ("DEFAULT", "DEFAULT") for match in found} == {(precision, precision)}
 
 
 def test_weights_mask_the_padding(small):
