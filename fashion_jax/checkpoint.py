@@ -29,6 +29,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from fashion_jax import __version__
 from fashion_jax.files import prepare_directory, write_atomically
 
 SEAL, LOCK, FORMAT = "seal.json", "fashion_jax.lock", 1
@@ -505,4 +506,5 @@ def _differences(then: Mapping[str, Any], now: Mapping[str, Any], prefix: str = 
 
 
 def _versions() -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in ("fashion_jax", "jax", "jaxlib")}
+    # Not from metadata for this package: a checkout that is not installed has none.
+    return {"fashion_jax": __version__, **{name: importlib.metadata.version(name) for name in ("jax", "jaxlib")}}

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from fashion_jax import __version__
 from fashion_jax.config import TrainConfig
 from fashion_jax.evidence import Verdict, check_history, summarise
 from fashion_jax.train import History, Metrics
@@ -22,7 +23,7 @@ def environment() -> dict[str, Any]:
     >>> sorted(environment())
     ['devices', 'platform', 'processor', 'threads', 'versions', 'xla_flags']
     """
-    packages = ("fashion_jax", "jax", "jaxlib", "flax", "optax", "numpy")
+    packages = ("jax", "jaxlib", "flax", "optax", "numpy")
     return {
         "platform": jax.default_backend(),
         "devices": [device.device_kind for device in jax.devices()],
@@ -30,6 +31,8 @@ def environment() -> dict[str, Any]:
         "threads": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "versions": {
             "python": platform.python_version(),
+            # Not from its metadata, which a checkout that is not installed does not have.
+            "fashion_jax": __version__,
             **{package: importlib.metadata.version(package) for package in packages},
         },
         "xla_flags": os.environ.get("XLA_FLAGS", ""),

@@ -4,6 +4,7 @@
 """
 
 import email
+import importlib.metadata
 import json
 import os
 import re
@@ -18,9 +19,11 @@ import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import pytest
 
 import fashion_jax
+from fashion_jax import Batch, TrainConfig, fit, report
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -188,3 +191,18 @@ def test_every_dependency_has_its_reason():
 def test_no_dependency_is_unused_or_missing():
     pytest.importorskip("deptry", reason="deptry comes with `make lint`")
     run(sys.executable, "-m", "deptry", ".", cwd=ROOT)
+
+
+def test_a_checkout_works_that_is_not_installed(small, tmp_path, monkeypatch):
+    """As on a machine with an accelerator and no package index."""
+    version = importlib.metadata.version
+
+    def of_others(name):
+        if name.startswith("fashion"):
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", of_others)
+    assert report.environment()["versions"]["fashion_jax"] == fashion_jax.__version__
+    few = Batch(*(leaf[:64] for leaf in small))
+    fit(few, few, key=jax.random.key(0), config=TrainConfig(hidden=(8,)), epochs=1, checkpoint=tmp_path)
