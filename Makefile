@@ -26,7 +26,7 @@ test: $(TEST) data
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 bench: $(BENCH) data
-	for name in throughput lanes roofline startup rounding predict; do $(BIN)/python -m benchmarks.$$name || exit 1; done
+	$(BIN)/python -m benchmarks $(ARGS)
 
 docs: $(DOCS)
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet docs build/docs

@@ -38,7 +38,7 @@ def start(main: Callable[[Any], int | None], flags: type, description: str | Non
         return main(given) or 0
 
     # Run by a path, a benchmark would not find its siblings.
-    program = f"python -m benchmarks.{Path(sys.argv[0]).stem}"
+    program = f"python -m benchmarks.{Path(sys.argv[0]).stem}".removesuffix(".__main__")
     run_script(checked, lambda: tyro.cli(flags, prog=program, description=description))
 
 

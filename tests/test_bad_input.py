@@ -636,14 +636,25 @@ def test_a_benchmark_ends_with_one_line():
     assert "Traceback" not in result.stderr
 
 
+NO_GPU = "error: --device gpu: no GPU for JAX and PyTorch; install builds for CUDA, or take --device cpu\n"
+
+
 @pytest.mark.parametrize("benchmark", ["lanes", "throughput"])
 def test_benchmarks_name_who_sees_no_gpu(benchmark, monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     result = run_module("-m", f"benchmarks.{benchmark}", "--device", "gpu")
     assert result.returncode == 1
-    message = "error: --device gpu: no GPU for JAX and PyTorch; install builds for CUDA, or take --device cpu\n"
-    assert result.stderr == message
+    assert result.stderr == NO_GPU
+
+
+def test_no_benchmark_of_the_gpu_s_measures_a_cpu(monkeypatch, tmp_path):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    result = run_module("-m", "benchmarks", "--device", "gpu", "--output", tmp_path)
+    assert result.returncode == 1
+    assert result.stderr == f"throughput, 1 of 5\n{NO_GPU}throughput failed, and the rest was not run\n"
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,10 @@ import termios
 from pathlib import Path
 
 import pytest
+import tyro
 from test_log import end
 
+from benchmarks.__main__ import SETS
 from fashion_jax.log import Progress
 
 ROOT = Path(__file__).parents[1]
@@ -73,7 +75,8 @@ def test_help_tells_every_flag_and_its_default(script, call):
     assert ESCAPE not in result.stdout
     told = " ".join(re.sub("[│╭╮╰╯─]", " ", result.stdout).split())
     if script.parent.name == "benchmarks":
-        assert told.startswith(f"usage: python -m benchmarks.{script.stem} ")
+        name = "benchmarks" if script.stem == "__main__" else f"benchmarks.{script.stem}"
+        assert told.startswith(f"usage: python -m {name} ")
     assert " ".join(runpy.run_path(str(script), run_name="looked at")["__doc__"].split()) in told
     for field in flags_of(script):
         if is_positional(field):
@@ -100,6 +103,14 @@ def test_an_unknown_flag_ends_with_status_2_and_the_near_one(script, call):
     assert re.search(rf"Unrecognized options: {wrong}\b", result.stderr)
     if near:
         assert re.search(rf"Perhaps you meant:.*{near[-1]}\b", result.stderr, re.DOTALL)
+
+
+@pytest.mark.parametrize("device", SETS)
+def test_sets_of_benchmarks_give_flags_that_there_are(device):
+    for name, own in SETS[device].items():
+        flags = runpy.run_path(str(ROOT / "benchmarks" / f"{name}.py"), run_name="looked at")["Flags"]
+        given = tyro.cli(flags, args=[*own, "--data-dir", "x", "--output", "y"])
+        assert getattr(given, "device", device) == device
 
 
 def run(*command, **environment) -> subprocess.CompletedProcess:

@@ -1,0 +1,54 @@
+"""Run a set of benchmarks one after the other: ten minutes of them on two cores, or those for an accelerator."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from benchmarks import harness
+
+# Of each set, the benchmarks and their flags.
+SETS: dict[str, dict[str, tuple[str, ...]]] = {
+    "cpu": {"throughput": (), "lanes": (), "roofline": (), "startup": (), "rounding": (), "predict": ()},
+    # The first one stops where there is no GPU, before the others measure a CPU without a word.
+    "gpu": {
+        "throughput": ("--device", "gpu", "--batch-sizes", "64", "512", "4096"),
+        "lanes": ("--device", "gpu", "--lanes", "2", "8", "64", "256", "1024"),
+        "roofline": (),
+        "startup": (),
+        "predict": ("--device", "gpu"),
+    },
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    device: Literal["cpu", "gpu"] = "cpu"
+    """Which set to run, and where."""
+    data_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Directory with the data set."""
+    output: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Folder for the records; by default benchmarks/records/<date>-<device>."""
+
+
+def main(flags: Flags) -> int:
+    shared = [("--data-dir", flags.data_dir), ("--output", flags.output)]
+    places = [str(part) for flag, place in shared if place is not None for part in (flag, place)]
+    environment = os.environ | ({"JAX_PLATFORMS": "cpu"} if flags.device == "cpu" else {})
+    benchmarks = SETS[flags.device]
+    for number, (name, own) in enumerate(benchmarks.items(), start=1):
+        print(f"{name}, {number} of {len(benchmarks)}", file=sys.stderr, flush=True)
+        # Processes of their own: what one leaves in memory must not disturb the next.
+        command = [sys.executable, "-m", f"benchmarks.{name}", *own, *places]
+        if status := subprocess.run(command, env=environment, check=False).returncode:
+            print(f"{name} failed, and the rest was not run", file=sys.stderr)
+            return status
+    return 0
+
+
+if __name__ == "__main__":
+    harness.start(main, Flags, __doc__)
