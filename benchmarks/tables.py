@@ -164,13 +164,11 @@ def images_a_second() -> str:
     return report.markdown(rows)
 
 
-def rivals(study: str, measure: str, *, without: str | None = None) -> str:
+def rivals(measure: str) -> str:
     """What each rival reaches in each situation, on the test set."""
-    found = json.loads(newest(f"{study}/report.json"))["test"]
+    found = json.loads(newest("when_dropout_helps/report.json"))["test"]
     rows: list[tuple[str, ...]] = [("rival", *found)]
     for rival in next(iter(found.values())):
-        if rival == without:
-            continue
         cells = (str(evidence.interval(np.array(of[rival][measure]))).replace("+", "") for of in found.values())
         rows.append((rival, *cells))
     return report.markdown(rows)
@@ -209,12 +207,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "parity": parity,
     "study losses": lambda: table_of("dropout_sweep/report.md", 0),
     "study tested": lambda: table_of("dropout_sweep/report.md", 1),
-    # That record is older than the tuning of early stopping.
-    "rivals' accuracy": lambda: rivals("when_dropout_helps", "accuracy", without="early stopping"),
-    "rivals' loss": lambda: rivals("when_dropout_helps", "loss", without="early stopping"),
-    "rivals' calibration": lambda: rivals("when_dropout_helps", "calibration_error", without="early stopping"),
-    "stopping accuracy": lambda: rivals("early_stopping", "accuracy"),
-    "stopping loss": lambda: rivals("early_stopping", "loss"),
+    "rivals' accuracy": lambda: rivals("accuracy"),
+    "rivals' loss": lambda: rivals("loss"),
+    "rivals' calibration": lambda: rivals("calibration_error"),
     "best tried": lambda: table_of("best_perceptron/report.md", 0),
     "best": lambda: table_of("best_perceptron/report.md", 1),
     "types": types,
