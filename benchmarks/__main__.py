@@ -45,8 +45,10 @@ def main(flags: Flags) -> int:
         # Processes of their own: what one leaves in memory must not disturb the next.
         command = [sys.executable, "-m", f"benchmarks.{name}", *own, *places]
         if status := subprocess.run(command, env=environment, check=False).returncode:
-            print(f"{name} failed, and the rest was not run", file=sys.stderr)
-            return status
+            rest = ", ".join(list(benchmarks)[number:]) or "none"
+            print(f"{name} failed; not run: {rest} (each by itself: python -m benchmarks.NAME --help)", file=sys.stderr)
+            # One that a signal ended has a negative status.
+            return max(status, 1)
     return 0
 
 

@@ -29,7 +29,8 @@ class TrainConfig:
         classes: Number of classes.
         input_dropout: Share of pixels to drop while training, at every dropout rate of the hidden units, 0 included.
         dtype: Type that the matrix products are computed in, "bfloat16"; the parameters' own if None, in full precision
-            on every device. Parameters, activations and sums over examples stay float32.
+            on every device, unless `jax_default_matmul_precision` is set. Parameters, activations and sums over
+            examples stay float32.
         label_smoothing: Share of the target that is spread over all classes, in the training loss only.
         shift: Each training image is moved by up to this many pixels up, down, left and right; black comes in.
         flip: Each training image is mirrored, left and right, with probability 1/2.
