@@ -278,7 +278,12 @@ def _sweep(
     def epoch(lane):
         return _epoch(lane, *data, keys, rates, config=config, mesh=mesh, lanes_at_once=lanes_at_once)
 
-    identity = {"program": "sweep", "seeds": list(map(int, seeds)), "dropout_rates": dropout_rates}
+    identity = {
+        "program": "sweep",
+        "seeds": list(map(int, seeds)),
+        "generator": str(jax.random.key_impl(generator)),
+        "dropout_rates": dropout_rates,
+    }
     layout = {"devices": mesh.size, "lanes_at_once": lanes_at_once}
     try:
         with open_store(checkpoint, identity, config=config, train=train, validation=validation, **layout) as store:

@@ -640,9 +640,16 @@ def open_store(
     identity = identity | {
         "config": config.as_dict(),
         "data": {"train": content_digest(train), "validation": content_digest(validation)},
+        # Without it, the same key draws other numbers.
+        "jax_threefry_partitionable": getattr(jax.config, "jax_threefry_partitionable", True),
     }
     device = jax.devices()[0]
-    layout = {"platform": device.platform, "device": device.device_kind, "devices": jax.device_count()}
+    layout = {
+        "platform": device.platform,
+        "device": device.device_kind,
+        "devices": jax.device_count(),
+        "jax_default_matmul_precision": jax.default_matmul_precision.value,
+    }
     return Store(Checkpoints.of(checkpoint), identity=identity, circumstances=layout | circumstances)
 
 

@@ -174,6 +174,33 @@ def test_other_data_and_other_programs_are_refused(small, splits, tmp_path):
         sweep(small, small, seeds=[1], dropout_rates=[0.0], epochs=1, checkpoint=tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("jax_default_prng_impl", "rbg", "generator is threefry2x32 there and rbg here"),
+        ("jax_threefry_partitionable", False, "jax_threefry_partitionable is True there and False here"),
+    ],
+)
+def test_a_sweep_whose_seeds_mean_other_draws_is_refused(small, tmp_path, name, value, message):
+    options = {"seeds": [0], "dropout_rates": [0.2], "checkpoint": tmp_path}
+    sweep(small, small, **options, epochs=1)
+    before = getattr(jax.config, name)
+    try:
+        jax.config.update(name, value)
+        with pytest.raises(ValueError, match=message):
+            sweep(small, small, **options, epochs=2)
+    finally:
+        jax.config.update(name, before)
+
+
+def test_another_matmul_precision_is_told(small, tmp_path, caplog):
+    fit(small, small, key=KEY, epochs=1, checkpoint=tmp_path)
+    with jax.default_matmul_precision("highest"), caplog.at_level(logging.INFO, logger="fashion_jax"):
+        fit(small, small, key=KEY, epochs=2, checkpoint=tmp_path)
+    told = "jax_default_matmul_precision was None and is highest: going on within rounding, not bit by bit"
+    assert told in caplog.messages
+
+
 # Processes that end.
 
 
