@@ -435,8 +435,8 @@ display(Markdown(verdicts(judge(plain, dropout))))
 # There is another remedy against a loss that rises late: stop before it does. Keep the weights of the epoch with the
 # lowest validation loss (`run.best.params` holds them), and forget what came after. It costs nothing.
 #
-# A fair comparison needs care. The lowest of thirty noisy numbers is low partly by luck. So we let the *other* seeds
-# choose the epoch at which a seed is stopped: their luck is not its own.
+# A fair comparison needs care. The lowest of thirty noisy numbers is low partly by luck. So we let half of the seeds
+# choose the epoch at which the other half is stopped, and the other way round: their luck is not its own.
 
 # %%
 chosen = best_epochs(plain.validation.loss)

@@ -532,8 +532,6 @@ def test_curves_of_other_axes_are_refused(compute):
             compute(loss)
     with pytest.raises(TypeError, match="loss must hold numbers"):
         compute([["a"]])
-    with pytest.raises(ValueError, match="at least two seeds"):
-        evidence.best_epochs(np.zeros((1, 3)))
 
 
 IMAGE, PROBABILITIES = np.zeros((28, 28), np.uint8), np.full(2, 0.5)

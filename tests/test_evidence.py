@@ -1,9 +1,12 @@
 """The statistics against their definitions and by simulation, and every verdict driven to all three answers."""
 
+import json
+
 import numpy as np
 import pytest
 from scipy import stats
 
+from benchmarks.harness import RECORDS
 from fashion_jax import History, Metrics, evidence
 from fashion_jax.evidence import interval, judge, late_rises, paired, summarise
 
@@ -90,10 +93,12 @@ def test_pairing_removes_what_seeds_share(unchecked):
         interval(np.array([]))
 
 
-def test_an_absurd_loss_does_not_hide_the_others():
-    loss = np.array([[0.9, 0.8, 0.7], [0.9, 0.5, 0.8], [1e18, 0.9, 0.9]])
-    expected = [np.delete(loss, i, axis=0).mean(axis=0).argmin() for i in range(3)]
-    assert evidence.best_epochs(loss).tolist() == expected == [1, 2, 1]
+def test_each_half_of_the_seeds_chooses_for_the_other():
+    loss = np.array([[0.9, 0.2, 0.7], [0.9, 0.8, 0.1], [0.9, 0.4, 0.3], [0.0, 0.9, 0.3], [0.9, 0.5, 0.9]])
+    expected = [loss[[1, 3]].mean(axis=0).argmin(), loss[[0, 2, 4]].mean(axis=0).argmin()]
+    assert expected == [2, 1]
+    assert evidence.best_epochs(loss).tolist() == [2, 1, 2, 1, 2]
+    assert evidence.best_epochs(loss[:1]).tolist() == [1]
 
 
 def test_an_epoch_chosen_by_the_others_does_not_flatter():
@@ -102,6 +107,38 @@ def test_an_epoch_chosen_by_the_others_does_not_flatter():
     assert summarise(made(flat)).late_rise.mean() > 0.01
     honest = [late_rises(group).mean() for group in flat.reshape(500, 8, EPOCHS)]
     assert abs(np.mean(honest)) < 4 * np.std(honest) / np.sqrt(500)
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    """The validation losses of a committed run: [arms, 32 seeds, 30 epochs]."""
+    path = RECORDS / "2026-11-24-amd-epyc-2-cores" / "seeds32" / "history.json"
+    return np.array([arm["validation"]["loss"] for arm in json.loads(path.read_text())["arms"].values()])
+
+
+@pytest.mark.parametrize("seeds", [4, 32])
+@pytest.mark.parametrize("shape", ["flat", "recorded"])
+def test_intervals_at_chosen_epochs_cover_the_truth_in_95_of_100_cases(recorded, shape, seeds):
+    """Curves that vary as the recorded ones do, around means that are known."""
+    arms, _, epochs = recorded.shape
+    deviations = np.concatenate(list(recorded - recorded.mean(axis=1, keepdims=True)), axis=1)
+    # 32 seeds do not tell all correlations of 60 epochs.
+    covariance = 0.8 * np.cov(deviations.T) + 0.2 * np.diag(deviations.var(axis=0, ddof=1))
+    means = np.zeros((arms, epochs))
+    if shape == "recorded":
+        x = np.arange(epochs)
+        means = np.array([np.polynomial.Polynomial.fit(x, mean, 5)(x) for mean in recorded.mean(axis=1)])
+    cases, covered, every = 1_000, np.zeros(3), np.arange(seeds)
+    draws = np.random.default_rng(0).multivariate_normal(means.ravel(), covariance, (cases, seeds), method="cholesky")
+    for losses in draws.reshape(cases, seeds, arms, epochs):
+        chosen = [evidence.best_epochs(losses[:, arm]) for arm in range(arms)]
+        there = [losses[every, arm, chosen[arm]] for arm in range(arms)]
+        truth = [means[arm, chosen[arm]].mean() for arm in range(arms)]
+        found = [paired(there[1], there[0], level=evidence.CHOSEN_LEVEL)]
+        found += [interval(late_rises(losses[:, arm]), level=evidence.CHOSEN_LEVEL) for arm in range(arms)]
+        expected = truth[1] - truth[0], means[0, -1] - truth[0], means[1, -1] - truth[1]
+        covered += [one.low <= true <= one.high for one, true in zip(found, expected, strict=True)]
+    assert (covered / cases > 0.94).all()
 
 
 @pytest.mark.parametrize(
@@ -177,6 +214,24 @@ def test_stopping_early_is_a_rival():
 def test_dropout_raises_accuracy(shift, noise, answer):
     plain, dropout = made(curves(), accuracy=np.full(8, 0.88)), made(curves(), accuracy=0.88 + shift + noise * NOISE)
     assert answers(plain, dropout)["dropout raises accuracy"] == answer
+
+
+def test_the_recorded_verdict_on_stopping_early_does_not_hang_on_the_split(recorded):
+    rng, means = np.random.default_rng(0), []
+    for _ in range(200):
+        plain, dropout = recorded[:, rng.permutation(recorded.shape[1])]
+        verdict = {v.claim: v for v in judge(made(plain), made(dropout))}[
+            "dropout lowers the validation loss more than stopping early does"
+        ]
+        means.append(verdict.interval.mean)
+        assert verdict.answer != "supported"
+    assert min(means) > 0
+
+
+def test_from_a_single_epoch_nothing_rises():
+    verdicts = answers(made(curves()[:, :1]), made(curves(seed=1)[:, :1]))
+    assert verdicts["without dropout the validation loss turns early and rises"] == "undecided"
+    assert verdicts["with dropout it does not"] == "undecided"
 
 
 def test_one_seed_decides_nothing_and_few_are_weak():
