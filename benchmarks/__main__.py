@@ -21,8 +21,11 @@ SETS: dict[str, dict[str, tuple[str, ...]]] = {
         "roofline": (),
         "startup": (),
         "predict": ("--device", "gpu"),
+        "kernels": (),
     },
 }
+
+WITHOUT_DATA = ("kernels",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,14 +39,16 @@ class Flags:
 
 
 def main(flags: Flags) -> int:
-    shared = [("--data-dir", flags.data_dir), ("--output", flags.output)]
-    places = [str(part) for flag, place in shared if place is not None for part in (flag, place)]
     environment = os.environ | ({"JAX_PLATFORMS": "cpu"} if flags.device == "cpu" else {})
     benchmarks = SETS[flags.device]
     for number, (name, own) in enumerate(benchmarks.items(), start=1):
         print(f"{name}, {number} of {len(benchmarks)}", file=sys.stderr, flush=True)
         # Processes of their own: what one leaves in memory must not disturb the next.
-        command = [sys.executable, "-m", f"benchmarks.{name}", *own, *places]
+        command = [sys.executable, "-m", f"benchmarks.{name}", *own]
+        if flags.data_dir is not None and name not in WITHOUT_DATA:
+            command += ["--data-dir", str(flags.data_dir)]
+        if flags.output is not None:
+            command += ["--output", str(flags.output)]
         if status := subprocess.run(command, env=environment, check=False).returncode:
             rest = ", ".join(list(benchmarks)[number:]) or "none"
             print(f"{name} failed; not run: {rest} (each by itself: python -m benchmarks.NAME --help)", file=sys.stderr)

@@ -1,6 +1,7 @@
 """What callers get wrong: each mistake ends in an error that names the argument, or changes nothing."""
 
 import dataclasses
+import importlib.util
 import json
 import os
 import subprocess
@@ -20,6 +21,7 @@ from benchmarks import (
     dtype,
     fuzz,
     harness,
+    kernels,
     kill_resume,
     lanes,
     parity,
@@ -575,7 +577,21 @@ def test_image_sheet_refuses_bad_arguments(images, columns, error, message):
 
 @pytest.mark.parametrize(
     "benchmark",
-    [distribution, dtype, fuzz, kill_resume, lanes, parity, predict, roofline, rounding, saving, startup, throughput],
+    [
+        distribution,
+        dtype,
+        fuzz,
+        kernels,
+        kill_resume,
+        lanes,
+        parity,
+        predict,
+        roofline,
+        rounding,
+        saving,
+        startup,
+        throughput,
+    ],
 )
 def test_benchmarks_refuse_counts_and_places_out_of_range(benchmark, tmp_path):
     (tmp_path / "file").touch()
@@ -651,9 +667,22 @@ def test_no_benchmark_of_the_gpu_s_measures_a_cpu(monkeypatch, tmp_path):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     result = run_module("-m", "benchmarks", "--device", "gpu", "--output", tmp_path)
     assert result.returncode == 1
-    rest = "lanes, roofline, startup, predict (each by itself: python -m benchmarks.NAME --help)"
-    assert result.stderr == f"throughput, 1 of 5\n{NO_GPU}throughput failed; not run: {rest}\n"
+    rest = "lanes, roofline, startup, predict, kernels (each by itself: python -m benchmarks.NAME --help)"
+    assert result.stderr == f"throughput, 1 of 6\n{NO_GPU}throughput failed; not run: {rest}\n"
     assert not list(tmp_path.iterdir())
+
+
+def test_who_cannot_compile_for_gpus_is_told_what_to_install(monkeypatch, tmp_path):
+    if importlib.util.find_spec("jax_plugins"):
+        pytest.skip("JAX can compile for GPUs here")
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    result = run_module("-m", "benchmarks.kernels", "--output", tmp_path)
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: JAX cannot compile for a GPU here (")
+    assert f"jax-cuda12-pjrt of version {jax.__version__}" in result.stderr
+    result = run_module("-m", "benchmarks.kernels", "--target", tmp_path / "none", "--output", tmp_path)
+    assert result.returncode == 1
+    assert result.stderr == f"error: [Errno 2] No such file or directory: '{tmp_path}/none'\n"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,34 @@
+"""What a GPU is to launch, counted in a listing that XLA (jaxlib 0.10.1) wrote for an epoch of `fit` on an H100."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from benchmarks.kernels import count
+
+LISTING = (Path(__file__).parent / "reference" / "gpu_launches.txt").read_text()
+
+
+def test_a_step_is_the_innermost_loop():
+    # By hand: lines 065 to 104 of the listing, in one command buffer.
+    assert count(LISTING) == (40, 1)
+
+
+def test_without_command_buffers_the_host_launches_each():
+    one_buffer = re.compile(r"^        000: kCommandBuffer.*\n", re.MULTILINE)
+    assert count(one_buffer.sub("", LISTING)) == (40, 40)
+
+
+def test_what_follows_the_loop_is_not_the_step_s():
+    assert "105: kCopy" in LISTING
+    assert count(re.sub(r"^    105: .*\n", "", LISTING, flags=re.MULTILINE)) == count(LISTING)
+
+
+def test_a_program_without_a_loop_is_counted_whole():
+    assert count("000: kCopy\n001: kCommandBuffer\n    002: kKernel\n    003: kGemm\n") == (3, 2)
+
+
+def test_a_listing_of_another_form_is_refused():
+    with pytest.raises(ValueError, match="this version of XLA may list them otherwise"):
+        count("fusion.1\n")
