@@ -134,8 +134,8 @@ def test_intervals_at_chosen_epochs_cover_the_truth_in_95_of_100_cases(recorded,
         chosen = [evidence.best_epochs(losses[:, arm]) for arm in range(arms)]
         there = [losses[every, arm, chosen[arm]] for arm in range(arms)]
         truth = [means[arm, chosen[arm]].mean() for arm in range(arms)]
-        found = [paired(there[1], there[0], level=evidence.CHOSEN_LEVEL)]
-        found += [interval(late_rises(losses[:, arm]), level=evidence.CHOSEN_LEVEL) for arm in range(arms)]
+        found = [paired(there[1], there[0], width=evidence.CHOSEN_WIDTH)]
+        found += [interval(late_rises(losses[:, arm]), width=evidence.CHOSEN_WIDTH) for arm in range(arms)]
         expected = truth[1] - truth[0], means[0, -1] - truth[0], means[1, -1] - truth[1]
         covered += [one.low <= true <= one.high for one, true in zip(found, expected, strict=True)]
     assert (covered / cases > 0.94).all()
