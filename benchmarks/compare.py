@@ -13,11 +13,10 @@ from typing import Annotated
 import tyro
 
 from benchmarks import harness
+from fashion_jax import report
 
 MEDIAN = "median (s)"
 TEXT = ("batch size", "what", "images", "program", "start", "phase")
-# Flags that say where data and records are.
-PLACES = ("data_dir", "output")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +40,8 @@ def read(path: Path) -> tuple[dict[tuple, float], dict[str, object]]:
                 medians[key] = float(row[MEDIAN])
                 if not 0 < medians[key] < math.inf:
                     raise ValueError(f"{MEDIAN} of {key} is {row[MEDIAN]}")
-        flags = {f"--{name}": value for name, value in record["flags"].items() if name not in PLACES}
+        # Older records have the places among their flags.
+        flags = {f"--{name}": value for name, value in record["flags"].items() if name not in report.PLACES}
         return medians, {"processor": record["environment"]["processor"], **flags}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not a benchmark's record ({error!r})") from error

@@ -165,7 +165,7 @@ def write(name: str, rows: list[Row], *, flags: Any, output: Path | None, figure
         "benchmark": name,
         "date": f"{datetime.date.today():%Y-%m-%d}",
         "environment": environment(),
-        "flags": dataclasses.asdict(flags),
+        "flags": report.recorded_flags(flags),
         **more,
         "rows": rows,
     }

@@ -134,7 +134,7 @@ def main(flags: Flags) -> int:
     print("\n\n".join(sections))
     results = {
         "environment": report.environment(),
-        "flags": vars(flags),
+        "flags": report.recorded_flags(flags),
         "tried": {
             name: {"accuracy": of.accuracy[0].tolist(), "loss": of.loss[0].tolist()} for name, of in tried.items()
         },

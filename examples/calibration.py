@@ -175,7 +175,7 @@ def main(flags: Flags) -> int:
     results = {
         "environment": report.environment(),
         "config": config.as_dict(),
-        "flags": vars(flags),
+        "flags": report.recorded_flags(flags),
         "epochs": complete,
         "seeds": seeds,
         "arms": {

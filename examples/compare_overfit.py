@@ -110,7 +110,9 @@ def main(flags: Flags) -> int:
     names = [f"dropout {rate}" if rate else "no dropout" for rate in flags.rates]
     arms = {name: jax.tree.map(lambda leaf, i=i: leaf[i], run.history) for i, name in enumerate(names)}
     sections = [report.table(arms)]
-    results = report.as_json(arms, seeds=seeds, config=config, dropout_rates=flags.rates, flags=vars(flags))
+    results = report.as_json(
+        arms, seeds=seeds, config=config, dropout_rates=flags.rates, flags=report.recorded_flags(flags)
+    )
     verdicts = []
     dropped = [name for name, rate in zip(names, flags.rates, strict=True) if rate]
     if dropped and "no dropout" in arms:

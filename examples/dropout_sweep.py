@@ -120,7 +120,7 @@ def main(flags: Flags) -> int:
 
     arms = {f"{size} images": jax.tree.map(lambda leaf, i=i: leaf[i], run.history) for i, size in enumerate(sizes)}
     results = report.as_json(
-        arms, seeds=list(seeds), config=config, dropout_rates=rates, flags=vars(flags), test=tested
+        arms, seeds=list(seeds), config=config, dropout_rates=rates, flags=report.recorded_flags(flags), test=tested
     )
     files.write_atomically(flags.output / "history.json", json.dumps(results, indent=1, default=str) + "\n")
     files.write_atomically(flags.output / "report.md", "\n\n".join(sections) + "\n")

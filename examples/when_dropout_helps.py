@@ -202,7 +202,7 @@ def main(flags: Flags) -> int:
 
     results = {
         "environment": report.environment(),
-        "flags": vars(flags),
+        "flags": report.recorded_flags(flags),
         "search seeds": SEARCH_SEEDS,
         "tried": tried,
         "chosen": chosen,

@@ -1,6 +1,7 @@
 """What is written down about runs: the machine, the figures of every epoch, and the table that a person reads."""
 
 import csv
+import dataclasses
 import importlib.metadata
 import os
 import platform
@@ -15,6 +16,9 @@ from fashion_jax import __version__
 from fashion_jax.config import TrainConfig
 from fashion_jax.evidence import Verdict, check_history, summarise
 from fashion_jax.train import History, Metrics
+
+# Flags that say where a script reads and writes.
+PLACES = ("checkpoint", "data_dir", "log", "output")
 
 
 def environment() -> dict[str, Any]:
@@ -75,6 +79,16 @@ def as_json(arms: Mapping[str, History], *, seeds: list[int], config: TrainConfi
             for title, history in arms.items()
         },
     }
+
+
+def recorded_flags(flags: Any) -> dict[str, Any]:
+    """Give a script's flags, a dataclass, as a record keeps them: without places, on which no figure depends.
+
+    >>> flags = dataclasses.make_dataclass("Flags", ["epochs", "output"])(30, "runs/here")
+    >>> recorded_flags(flags)
+    {'epochs': 30}
+    """
+    return {name: value for name, value in dataclasses.asdict(flags).items() if name not in PLACES}
 
 
 def summaries(arms: Mapping[str, History]) -> dict[str, Any]:

@@ -234,6 +234,8 @@ def test_the_example_compares_both_arms_on_the_real_data(tmp_path):
     results = json.loads((tmp_path / "out" / "history.json").read_text())
     assert np.shape(results["arms"]["dropout 0.2"]["validation"]["loss"]) == (2, 2)
     assert results["seeds"] == [0, 1]
+    assert results["flags"]["train_size"] == 5000
+    assert not set(report.PLACES) & results["flags"].keys()
     assert "test" not in results
     logged = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert {line["holdout"] for line in logged} == {0.0}

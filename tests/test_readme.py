@@ -1,5 +1,6 @@
 """What README and documentation say is what the records say; what they point at is there, and commands run."""
 
+import json
 import os
 import re
 import runpy
@@ -16,7 +17,7 @@ import tyro
 from PIL import Image
 
 from benchmarks import tables
-from fashion_jax import CLASS_NAMES, data
+from fashion_jax import CLASS_NAMES, data, report
 
 ROOT = tables.ROOT
 TEXTS = {document: document.read_text() for document in tables.DOCUMENTS}
@@ -44,6 +45,11 @@ def test_intervals_in_the_text_are_in_a_report(document):
     reports = "".join(path.read_text() for path in tables.RECORDS.rglob("report.md"))
     for interval in INTERVAL.findall(prose):
         assert interval in reports
+
+
+def test_records_hold_no_places():
+    for path in tables.RECORDS.rglob("*.json"):
+        assert not set(report.PLACES) & json.loads(path.read_text())["flags"].keys(), path
 
 
 def test_there_are_intervals_in_the_text():
