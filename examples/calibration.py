@@ -131,7 +131,7 @@ def main(flags: Flags) -> int:
     }
 
     def lay_out(heading: str, columns: list[str], rows: dict[str, dict[str, evidence.Interval]], sign: str = "") -> str:
-        # Differences keep the sign that an Interval writes; no other number here can be negative.
+        # The plus that an Interval writes is for differences alone; a bound below 0 keeps its minus.
         cells = [(name, *(str(cell).replace("+", sign) for cell in row.values())) for name, row in rows.items()]
         return report.markdown([(heading, *columns), *cells])
 
