@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 from benchmarks import harness
 from fashion_jax import evidence, files, report
@@ -22,15 +23,7 @@ DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 MACHINES = {"AMD": "amd-epyc-2-cores", "Intel": "intel-xeon-2-cores"}
 RECORDS = ROOT / "benchmarks" / "records"
 BLOCK = re.compile(r"(<!-- table: ([\w' ]+) -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
-# From five PyTorch runs and 8 seeds of a prototype.
-BANDS = (
-    ("no dropout", "running training loss", "0.185-0.193"),
-    ("no dropout", "test loss", "0.40-0.44"),
-    ("no dropout", "test accuracy", "0.877-0.886"),
-    ("dropout 0.2", "running training loss", "0.342-0.348"),
-    ("dropout 0.2", "test loss", "0.370-0.390"),
-    ("dropout 0.2", "test accuracy", "0.867-0.874"),
-)
+CURVES = ROOT / "tests" / "reference" / "pytorch_curves.csv"
 
 
 def newest(path: str) -> str:
@@ -72,18 +65,25 @@ def spread(row: dict[str, Any], digits: int) -> str:
 
 
 def reproduced() -> str:
-    """Means of the last five epochs, ours and PyTorch's."""
-    arms = json.loads(newest("seeds32/history.json"))["arms"]
+    """Means of the last five epochs, ours and PyTorch's, and the range of PyTorch runs that others made."""
+    ours = json.loads(newest("seeds32/history.json"))["arms"]
     # [ours and theirs, arms, seeds, figures]
-    theirs = np.array(json.loads(newest("distribution.json"))["measured"])[1].mean(axis=1)
-    rows: list[tuple[str, ...]] = [("arm", "figure", "ours, 32 seeds", "PyTorch, 8 seeds", "band of earlier runs")]
-    for (arm, figure, band), other in zip(BANDS, theirs.ravel(), strict=True):
+    theirs = np.array(json.loads(newest("distribution.json"))["measured"])[1]
+    others = report.read_curves(CURVES)
+    columns = ("ours, 32 seeds", "PyTorch, 8 seeds", "p (Welch)", "three PyTorch runs of others")
+    rows: list[tuple[str, ...]] = [("arm", "figure", *columns)]
+    for i, (arm, rate) in enumerate({"no dropout": 0.0, "dropout 0.2": 0.2}.items()):
         curves = {
-            "running training loss": arms[arm]["running_loss"],
-            "test loss": arms[arm]["validation"]["loss"],
-            "test accuracy": arms[arm]["validation"]["accuracy"],
+            "running training loss": (ours[arm]["running_loss"], others[rate].running_loss),
+            "test loss": (ours[arm]["validation"]["loss"], others[rate].validation.loss),
+            "test accuracy": (ours[arm]["validation"]["accuracy"], others[rate].validation.accuracy),
         }
-        rows.append((arm, figure, f"{np.array(curves[figure])[:, -5:].mean():.4f}", f"{other:.4f}", band))
+        for j, (figure, of_both) in enumerate(curves.items()):
+            here, elsewhere = (np.array(curve)[:, -5:].mean(axis=1) for curve in of_both)
+            there = theirs[i, :, j]
+            welch: Any = stats.ttest_ind(here, there, equal_var=False)
+            means = (f"{here.mean():.4f}", f"{there.mean():.4f}", f"{welch.pvalue:.2f}")
+            rows.append((arm, figure, *means, f"{elsewhere.min():.3f}-{elsewhere.max():.3f}"))
     return report.markdown(rows)
 
 
