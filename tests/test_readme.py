@@ -254,14 +254,15 @@ def test_the_data_set_is_described(command, capsys):
 @pytest.mark.parametrize("command", commands("pip"))
 def test_what_pip_is_told_to_install_is_declared(command):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    packages = shlex.split(command.partition("install")[2])
-    assert packages
-    for package in packages:
-        name, _, extra = package.rstrip("]").partition("[")
-        if extra:
-            assert extra in project["project"]["optional-dependencies"]
+    words = iter(shlex.split(command.partition("install")[2]))
+    for word in words:
+        name, _, extra = word.rstrip("]").partition("[")
+        if word == "--constraint":
+            assert (ROOT / next(words)).exists()
+        elif name in {".", project["project"]["name"]}:
+            assert not extra or extra in project["project"]["optional-dependencies"]
         # JupyterLab is for the reader alone: nothing here imports it.
-        elif name != "jupyterlab":
+        elif name not in {"--editable", "jupyterlab"}:
             assert any(entry.startswith(name) for entry in project["dependency-groups"]["test"])
 
 
