@@ -108,6 +108,7 @@ jax.tree.map(lambda first, second: (first == second).all() or 1 / 0, run, again)
         "use_all_cores()",
         {"range(8)": "range(2)", "(0.0, 0.2))": "(0.0, 0.2), epochs=1)"},
         """
+assert verdict.interval.n == 2
 assert run.history.validation.loss.shape == (2, 2, 1)
 assert run.history.validation.accuracy.min() > 0.75
 """,
