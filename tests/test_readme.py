@@ -47,6 +47,16 @@ def test_intervals_in_the_text_are_in_a_report(document):
         assert interval in reports
 
 
+def test_the_list_of_faults_names_tests():
+    """`::test` is of the file named before it in the row."""
+    for row in (ROOT / "tests" / "README.md").read_text().splitlines():
+        before = "no file"
+        for file, same, name in re.findall(r"`(test_\w+\.py)?(::)?(test_\w+)`", row):
+            before = file or before
+            of = ROOT / "tests" / (before if file or same else "test_faults.py")
+            assert f"def {name}(" in of.read_text(), row
+
+
 def test_records_hold_no_places():
     for path in tables.RECORDS.rglob("*.json"):
         assert not set(report.PLACES) & json.loads(path.read_text())["flags"].keys(), path
