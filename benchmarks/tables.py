@@ -200,6 +200,15 @@ def saving() -> str:
     return report.markdown(rows)
 
 
+def kernels() -> str:
+    """What a GPU is to launch for a step."""
+    columns = ("kernels a step", "launched by the host a step", "kernels a step and model")
+    rows: list[tuple[str, ...]] = [("program", *columns)]
+    for row in rows_of("kernels", "Intel"):
+        rows.append((row["program"], *(f"{row[column]:.3g}" for column in columns)))
+    return report.markdown(rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "verdicts": lambda: table_of("seeds32/report.md", 1),
     "arms": lambda: table_of("seeds32/report.md", 0),
@@ -225,6 +234,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "roofline": where_time_goes,
     "startup": startup,
     "saving": saving,
+    "kernels": kernels,
 }
 
 
