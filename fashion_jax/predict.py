@@ -184,7 +184,8 @@ def read_image(path: str | os.PathLike[str], *, light_on_dark: bool | None = Non
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file is not an image, is damaged or too large, or shows one shade only.
+        ValueError: The file is not an image, is damaged or too large, or shows one shade only, or nothing lighter (or
+            darker, as `light_on_dark` says) than its background.
 
     Source: Xiao, Rasul and Vollgraf, "Fashion-MNIST", 2017, arXiv:1708.07747, section 2.
 
@@ -210,9 +211,14 @@ def read_image(path: str | os.PathLike[str], *, light_on_dark: bool | None = Non
     grey = grey * alpha + background * (1 - alpha)
     if not light_on_dark:
         grey, background = 255 - grey, 255 - background
-    if np.ptp(grey) <= CLOSE:
-        raise ValueError(f"{path} shows one shade only, there is nothing to classify")
-    if grey.shape == (SIDE, SIDE):
+    as_it_is = grey.shape == (SIDE, SIDE)
+    if grey.max() - (grey.min() if as_it_is else background) <= CLOSE:
+        found, other = ("lighter", "dark") if light_on_dark else ("darker", "light")
+        raise ValueError(
+            f"{path} shows one shade only, or nothing that is {found} than its background; in the second case, try "
+            f"light_on_dark={not light_on_dark} (--objects {other})"
+        )
+    if as_it_is:
         return np.rint(grey).astype(np.uint8)
     return _fit_into_square(_trim(grey, background), background)
 
@@ -266,9 +272,10 @@ def _decode(path: Path) -> tuple[UInt8[np.ndarray, "height width"], UInt8[np.nda
         if 0 < size[0] * size[1] <= MAX_PIXELS:
             picture = ImageOps.exif_transpose(picture)
             if picture.mode.startswith("I"):
-                # Pillow cuts off what is above 255 instead of scaling.
-                grey = (np.asarray(picture).clip(0, 65535) // 257).astype(np.uint8)
-                return grey, np.full_like(grey, 255)
+                # Pillow cuts off what is above 255 instead of scaling, and does not look at the transparent level.
+                levels = np.asarray(picture)
+                opaque = levels != picture.info.get("transparency", -1)
+                return (levels.clip(0, 65535) // 257).astype(np.uint8), opaque * np.uint8(255)
             alpha = np.asarray(picture.convert("RGBA").getchannel("A")) if picture.has_transparency_data else None
             grey = np.asarray(picture.convert("RGB").convert("L"))
             return grey, np.full_like(grey, 255) if alpha is None else alpha

@@ -327,6 +327,34 @@ def test_missing_files_and_blank_pictures_are_refused(tmp_path):
             read_image(written(tmp_path, Image.new("L", (side, side), 130)))
 
 
+@pytest.mark.parametrize("background", [200, 252, 255])
+@pytest.mark.parametrize(("light_on_dark", "found", "other"), [(True, "lighter", "dark"), (False, "darker", "light")])
+def test_an_object_on_the_wrong_side_of_its_background_is_refused(tmp_path, background, light_on_dark, found, other):
+    picture = Image.new("L", (100, 100), background)
+    picture.paste(20, (30, 30, 70, 70))
+    path = written(tmp_path, picture if light_on_dark else ImageOps.invert(picture))
+    message = rf"nothing that is {found} than its background.* light_on_dark={not light_on_dark} \(--objects {other}\)"
+    with pytest.raises(ValueError, match=message):
+        read_image(path, light_on_dark=light_on_dark)
+    assert (read_image(path) == read_image(path, light_on_dark=not light_on_dark)).all()
+
+
+def test_noise_on_one_shade_is_no_object(tmp_path):
+    """Pixels that are far apart from each other, and none of them from the background."""
+    noise = np.random.default_rng(0).normal(200, 3, (300, 400)).clip(190, 210).astype(np.uint8)
+    with pytest.raises(ValueError, match="shows one shade only"):
+        read_image(written(tmp_path, Image.fromarray(noise)))
+
+
+def test_a_transparent_shade_of_16_bits_is_that_of_8(tmp_path):
+    levels = np.full((100, 100), 30, np.uint8)
+    levels[20:80, 40:60] = 31
+    twin = read_image(written(tmp_path, Image.fromarray(levels), transparency=30))
+    path = written(tmp_path, Image.fromarray(levels * np.uint16(257)), transparency=30 * 257)
+    np.testing.assert_array_equal(read_image(path), twin)
+    assert twin.max() > 200
+
+
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp"])
 def test_damaged_files_give_an_image_or_the_documented_error(tmp_path, splits, suffix):
     rng = np.random.default_rng(0)
