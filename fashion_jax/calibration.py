@@ -106,7 +106,8 @@ def reliability(
         bins: Number of bins of equal width between 0 and 1.
 
     Raises:
-        ValueError: Shapes do not fit, there is no example, or a row is not a distribution.
+        ValueError: Shapes do not fit, there is no example or no bin, a row is not a distribution, or a label names no
+            class.
 
     Source: DeGroot and Fienberg, "The Comparison and Evaluation of Forecasters", 1983, as
     `sklearn.calibration.calibration_curve` has it.
@@ -117,6 +118,8 @@ def reliability(
     """
     from sklearn.calibration import calibration_curve
 
+    if bins < 1:
+        raise ValueError(f"bins must be at least 1, got {bins}")
     probabilities, labels = _check(probabilities, labels)
     confidence = probabilities.max(axis=1)
     right = probabilities.argmax(axis=1) == labels
@@ -131,10 +134,16 @@ def reliability(
 def entropy(probabilities: Float[Array | np.ndarray, "n classes"]) -> Float[np.ndarray, " n"]:
     """Tell how unsure each prediction is, in nats: 0 for one certain class, ln 10 for ten equal ones.
 
+    Raises:
+        ValueError: The probabilities have other axes.
+
     >>> [f"{nats:.4f}" for nats in entropy(np.array([[1.0, 0.0], [0.5, 0.5]]))]
     ['0.0000', '0.6931']
     """
-    return np.asarray(stats.entropy(np.asarray(probabilities, np.float64), axis=1))
+    probabilities = np.asarray(probabilities, np.float64)
+    if probabilities.ndim != 2:
+        raise ValueError(f"probabilities must have shape [n, classes], got {list(probabilities.shape)}")
+    return np.asarray(stats.entropy(probabilities, axis=1))
 
 
 def detection(known: Float[np.ndarray, " n"], foreign: Float[np.ndarray, " m"]) -> float:

@@ -83,6 +83,14 @@ def test_what_is_no_distribution_is_refused(probabilities, labels, message, unch
         calibration.score(probabilities, labels)
 
 
+def test_probabilities_without_rows_and_bins_below_1_are_refused(unchecked):
+    with pytest.raises(ValueError, match=r"probabilities must have shape \[n, classes\], got \[2\]"):
+        calibration.entropy(np.array([0.1, 0.9]))
+    for bins in (0, -1):
+        with pytest.raises(ValueError, match=f"bins must be at least 1, got {bins}"):
+            calibration.reliability(np.array([[0.1, 0.9]]), np.array([0]), bins=bins)
+
+
 def test_reliability_draws_means_and_leaves_out_bins_that_tell_nothing():
     confidence = np.array([[0.3, 0.5, np.nan, 0.9], [0.32, 0.52, 0.7, 0.88]])
     accuracy = np.array([[0.0, 0.4, np.nan, 0.8], [1.0, 0.5, 0.6, 0.9]])
