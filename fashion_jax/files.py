@@ -11,6 +11,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,7 +24,7 @@ def write_atomically(path: str | os.PathLike[str], content: bytes | str) -> None
     What killed writers have left in the directory is removed first.
 
     Args:
-        path: Where to; an existing file is replaced.
+        path: Where to; an existing file is replaced, and its mode kept. Of a link, what it leads to is replaced.
         content: Bytes, or text that is encoded as UTF-8.
 
     Raises:
@@ -40,12 +41,18 @@ def write_atomically(path: str | os.PathLike[str], content: bytes | str) -> None
         raise TypeError(f"content must be bytes or str, got {type(content).__name__}")
     path = Path(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        remove_partial(path.parent)
-        with _partial(path, directory=False) as (descriptor, temporary):
-            temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        target = path.resolve()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        remove_partial(target.parent)
+        with _partial(target, directory=False) as (descriptor, temporary):
+            # There may be no earlier file, or no modes on its file system. Before there is anything to read; and what
+            # follows is written by the descriptor, because the mode may forbid to open the file.
+            with contextlib.suppress(OSError):
+                os.fchmod(descriptor, stat.S_IMODE(target.stat().st_mode))
+            with os.fdopen(descriptor, "wb", closefd=False) as file:
+                file.write(content.encode() if isinstance(content, str) else content)
             os.fsync(descriptor)
-            temporary.replace(path)
+            temporary.replace(target)
     except OSError as error:
         what = f"{error.strerror}; this file was not written, and an earlier one is as it was"
         raise OSError(error.errno, what, str(path)) from error

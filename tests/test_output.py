@@ -4,6 +4,7 @@ import io
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -208,6 +209,19 @@ def test_files_are_replaced_as_a_whole(tmp_path):
     other = tmp_path / "other"
     other.touch()
     assert path.stat().st_mode == other.stat().st_mode
+
+
+def test_a_link_stays_and_its_file_keeps_its_mode(tmp_path):
+    target, link = tmp_path / "elsewhere" / "file", tmp_path / "link"
+    target.parent.mkdir()
+    target.write_text("first")
+    target.chmod(0o400)
+    link.symlink_to(target)
+    write_atomically(link, "second")
+    assert link.is_symlink()
+    assert target.read_text() == "second"
+    assert stat.S_IMODE(target.stat().st_mode) == 0o400
+    assert [entry.name for entry in target.parent.iterdir()] == ["file"]
 
 
 def run_example(*flags, example=EXAMPLE.name):
