@@ -14,7 +14,7 @@ import numpy as np
 
 from fashion_jax import __version__
 from fashion_jax.config import TrainConfig
-from fashion_jax.evidence import Verdict, check_history, summarise
+from fashion_jax.evidence import FEW_SEEDS, Summary, Verdict, check_history, summarise
 from fashion_jax.train import History, Metrics
 
 # Flags that say where a script reads and writes.
@@ -99,7 +99,7 @@ def summaries(arms: Mapping[str, History]) -> dict[str, Any]:
 
     Raises:
         TypeError: An arm is not a History.
-        ValueError: There is no arm, or a leaf has other axes.
+        ValueError: There is no arm, a leaf has other axes, or a loss is not finite.
 
     >>> from fashion_jax.train import Metrics
     >>> curve = np.array([[0.5, 0.25]])
@@ -109,7 +109,7 @@ def summaries(arms: Mapping[str, History]) -> dict[str, Any]:
     """
     _check_arms(arms)
     return {
-        title: {name: leaf.tolist() for name, leaf in summarise(history)._asdict().items()}
+        title: {name: leaf.tolist() for name, leaf in _summary(title, history)._asdict().items()}
         for title, history in arms.items()
     }
 
@@ -127,7 +127,7 @@ def table(arms: Mapping[str, History]) -> str:
 
     Raises:
         TypeError: An arm is not a History.
-        ValueError: There is no arm, or a leaf has other axes.
+        ValueError: There is no arm, a leaf has other axes, or a loss is not finite.
 
     >>> from fashion_jax.train import Metrics
     >>> curve = np.array([[0.5, 0.4, 0.45]])
@@ -144,7 +144,7 @@ def table(arms: Mapping[str, History]) -> str:
         running, training = np.asarray(history.running_loss, np.float64), np.asarray(history.train.loss, np.float64)
         loss, accuracy = (np.asarray(leaf, np.float64) for leaf in history.validation)
         runs, epochs = running.shape
-        for name, epoch in (("last", np.full(runs, epochs)), ("best", summarise(history).best_epoch)):
+        for name, epoch in (("last", np.full(runs, epochs)), ("best", _summary(title, history).best_epoch)):
             spread = f"{epoch.min()}" if epoch.min() == epoch.max() else f"{epoch.min()}-{epoch.max()}"
             at = (np.arange(runs), epoch - 1)
             figures = [mean_and_sd(leaf[at]) for leaf in (running, training, loss, accuracy)]
@@ -198,7 +198,7 @@ def read_curves(path: str | os.PathLike[str]) -> dict[float, History]:
 
     Raises:
         OSError: The file cannot be read.
-        ValueError: A column is missing, a cell is no number, or runs have different epochs.
+        ValueError: A column is missing, a cell is no number, or a run does not have each epoch from 1 to the last once.
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp()) / "curves.csv"
@@ -219,17 +219,25 @@ def read_curves(path: str | os.PathLike[str]) -> dict[float, History]:
     for line, row in enumerate(rows, start=2):
         for column in ("dropout_rate", "epoch", *columns):
             try:
-                float(row[column])
+                number = float(row[column])
             except (TypeError, ValueError):
                 raise ValueError(f"{path}, line {line}: {column} must be a number, got {row[column]!r}") from None
+            # Figures may be: those of a run that was stopped are NaN.
+            if column not in columns and not np.isfinite(number):
+                raise ValueError(f"{path}, line {line}: {column} must be finite, got {row[column]!r}")
     arms: dict[float, History] = {}
     for rate in sorted({float(row["dropout_rate"]) for row in rows}):
         here = [row for row in rows if float(row["dropout_rate"]) == rate]
         runs = [[row for row in here if row["run"] == run] for run in dict.fromkeys(row["run"] for row in here)]
-        if len({len(run) for run in runs}) > 1:
-            raise ValueError(f"{path}: the runs at dropout rate {rate:g} have different numbers of epochs")
+        last = max(map(len, runs))
         for run in runs:
             run.sort(key=lambda row: float(row["epoch"]))
+            epochs = [float(row["epoch"]) for row in run]
+            if epochs != list(range(1, last + 1)):
+                raise ValueError(
+                    f"{path}: a run must have each epoch from 1 to {last} once; run {run[0]['run']} at dropout rate "
+                    f"{rate:g} has {', '.join(f'{epoch:g}' for epoch in epochs)}"
+                )
         running, loss, accuracy = (
             np.array([[float(row[column]) for row in run] for run in runs]) for column in columns
         )
@@ -275,6 +283,13 @@ def _check_arms(arms: Mapping[str, History], axes: tuple[str, ...] | None = None
         raise ValueError("arms must hold at least one History, got none")
     for title, history in arms.items():
         check_history(history, f"arms[{title!r}]", axes=axes)
+
+
+def _summary(title: str, history: History) -> Summary:
+    try:
+        return summarise(history)
+    except ValueError as error:
+        raise ValueError(f"arms[{title!r}]: {error}") from error
 
 
 def _processor() -> str:

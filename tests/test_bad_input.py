@@ -446,6 +446,20 @@ COLUMNS = "run,dropout_rate,epoch,running_train_loss,test_loss,test_accuracy\n"
         (COLUMNS.encode() + b"a,0.2,1,x,0.5,0.9\n", "line 2: running_train_loss must be a number, got 'x'"),
         (COLUMNS.encode() + b"a,0.2,1,0.5\n", "line 2: test_loss must be a number, got None"),
         (b"\xff\xfe\x00", "not a CSV file"),
+        (COLUMNS.encode() + b"a,0.2,nan,0.5,0.5,0.9\n", "line 2: epoch must be finite, got 'nan'"),
+        (COLUMNS.encode() + b"a,inf,1,0.5,0.5,0.9\n", "line 2: dropout_rate must be finite, got 'inf'"),
+        *(
+            (
+                COLUMNS.encode() + b"".join(b"%s,0.2,%d,0.5,0.5,0.9\n" % row for row in rows),
+                f"a run must have each epoch from 1 to 2 once; run {run} at dropout rate 0.2 has {epochs}$",
+            )
+            for rows, run, epochs in (
+                ([(b"a", 2), (b"a", 1), (b"b", 2), (b"b", 3)], "b", "2, 3"),
+                ([(b"a", 1), (b"a", 1)], "a", "1, 1"),
+                ([(b"a", 10), (b"a", 20)], "a", "10, 20"),
+                ([(b"a", 1), (b"b", 1), (b"b", 2)], "a", "1"),
+            )
+        ),
     ],
 )
 def test_damaged_curves_are_named(tmp_path, content, message):
@@ -499,6 +513,14 @@ def test_a_table_is_of_runs(shape):
     with pytest.raises(ValueError, match=r"arms\['arm'\] must have leaves \[runs, epochs\], got"):
         report.table({"arm": history(*shape)})
     assert report.summaries({"arm": history(*shape)})
+
+
+def test_a_report_names_the_arm_whose_loss_is_not_finite():
+    wrong = history(3, 4)
+    wrong.validation.loss[1:, 3] = NAN
+    for make in (report.table, report.summaries):
+        with pytest.raises(ValueError, match=r"arms\['b'\]: .* not finite, in runs \[\[1\], \[2\]\]"):
+            make({"a": GOOD, "b": wrong})
 
 
 def test_reports_of_nothing_are_refused():
