@@ -3,7 +3,6 @@
 import dataclasses
 import datetime
 import gc
-import io
 import json
 import re
 import statistics
@@ -17,7 +16,7 @@ import jax
 import tyro
 from matplotlib.figure import Figure
 
-from fashion_jax import files, report
+from fashion_jax import files, plot, report
 from fashion_jax.script import run_script
 
 RECORDS = Path(__file__).parent / "records"
@@ -171,9 +170,7 @@ def write(name: str, rows: list[Row], *, flags: Any, output: Path | None, figure
     }
     files.write_atomically(output / f"{name}.json", json.dumps(record, indent=1, default=str) + "\n")
     if figure is not None:
-        png = io.BytesIO()
-        figure.savefig(png, format="png", dpi=110)
-        files.write_atomically(output / f"{name}.png", png.getvalue())
+        plot.save(figure, output / f"{name}.png")
     print(f"{jax.default_backend()}: wrote {output / name}.json", file=sys.stderr)
 
 

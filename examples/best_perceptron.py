@@ -127,7 +127,7 @@ def main(flags: Flags) -> int:
         mean = str(evidence.interval(values)).replace("+", "")
         rows.append((label, mean, f"{values.min():.4f}", f"{values.max():.4f}"))
     sections += [
-        f"{chosen}, {flags.epochs} epochs, {len(seeds)} seeds: the test set (NLL in nats).{weak}",
+        f"{chosen}, {flags.epochs} epochs, {report.number_of_seeds(len(seeds))}: the test set (NLL in nats).",
         report.markdown(rows),
         f"In this process the search took {searched:.0f} s, and the training after it {trained:.0f} s.",
     ]

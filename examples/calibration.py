@@ -6,7 +6,6 @@ entropy.png, confusion.png, report.md and report.json.
 """
 
 import dataclasses
-import io
 import json
 import sys
 from pathlib import Path
@@ -144,9 +143,8 @@ def main(flags: Flags) -> int:
             report.mean_and_sd(getattr(stacked[arm], what)[:, i]) for what in ("precision", "recall") for arm in ARMS
         ]
         classes.append((name, *cells))
-    weak = f" {len(seeds)} seeds are few." if len(seeds) < evidence.FEW_SEEDS else ""
     sections = [
-        f"The test set (mean and 95% interval over {len(seeds)} seeds; NLL in nats).{weak}",
+        f"The test set (mean and 95% interval over {report.number_of_seeds(len(seeds))}; NLL in nats).",
         lay_out("arm", list(QUANTITIES.values()), intervals),
         "Differences paired by seed:",
         lay_out("arms", list(QUANTITIES.values()), differences, sign="+"),
@@ -169,9 +167,7 @@ def main(flags: Flags) -> int:
         ),
     }
     for name, figure in figures.items():
-        png = io.BytesIO()
-        figure.savefig(png, format="png", dpi=110)
-        files.write_atomically(flags.output / f"{name}.png", png.getvalue())
+        plot.save(figure, flags.output / f"{name}.png")
     results = {
         "environment": report.environment(),
         "config": config.as_dict(),

@@ -5,7 +5,6 @@ file what the network sees beside the ten probabilities.
 """
 
 import dataclasses
-import io
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -108,10 +107,8 @@ def main(flags: Flags) -> int:
         rows.append(tuple(row))
         around = None if spread is None else spread[i]
         figure = plot.classification(image, probabilities[i], class_names=CLASS_NAMES, spread=around)
-        png = io.BytesIO()
-        figure.savefig(png, format="png", dpi=150)
-        # Numbered, because files of several directories may share a name.
-        files.write_atomically(flags.output / f"{i + 1:02}-{path.stem}.png", png.getvalue())
+        # Numbered, because files of several directories may share a name; a name has at most 255 bytes, a letter 4.
+        plot.save(figure, flags.output / f"{i + 1:02}-{path.stem[:50]}.png", dpi=150)
     print(report.markdown(rows))
     print(f"pictures are in {flags.output}", file=sys.stderr)
     return 1 if unread else 0

@@ -6,7 +6,6 @@ report.json and report.md.
 
 import contextlib
 import dataclasses
-import io
 import json
 import sys
 from pathlib import Path
@@ -155,9 +154,7 @@ def main(flags: Flags) -> int:
         files.write_atomically(flags.output / f"{name}.json", json.dumps(content, indent=1, default=str) + "\n")
     files.write_atomically(flags.output / "report.md", "\n\n".join(sections) + "\n")
     for name, figure in figures.items():
-        png = io.BytesIO()
-        figure.savefig(png, format="png", dpi=150)
-        files.write_atomically(flags.output / f"{name}.png", png.getvalue())
+        plot.save(figure, flags.output / f"{name}.png", dpi=150)
     print(f"pictures, report and history are in {flags.output}", file=sys.stderr)
     return 0 if complete == flags.epochs else INTERRUPTED
 

@@ -4,7 +4,6 @@ Prints tables and writes study.png, report.md and history.json.
 """
 
 import dataclasses
-import io
 import json
 import sys
 from pathlib import Path
@@ -110,10 +109,9 @@ def main(flags: Flags) -> int:
         tested.append({"size": size, "chosen rate": rates[chosen[i]], "chosen and none": measured.tolist()})
         differences = [str(evidence.paired(measured[0, :, metric], measured[1, :, metric])) for metric in (0, 1)]
         rows.append((f"{size:,}", f"{rates[chosen[i]]:g}", *(differences if chosen[i] != none else ("-", "-"))))
-    weak = f" {len(seeds)} seeds are few." if len(seeds) < evidence.FEW_SEEDS else ""
     sections += [
         "The rate with the lowest mean hold-out loss, and the test set, touched once (mean and 95% interval of the "
-        f"differences paired by seed).{weak}",
+        f"differences paired by seed, over {report.number_of_seeds(len(seeds))}).",
         report.markdown(rows),
     ]
     print("\n\n".join(sections))
@@ -124,9 +122,7 @@ def main(flags: Flags) -> int:
     )
     files.write_atomically(flags.output / "history.json", json.dumps(results, indent=1, default=str) + "\n")
     files.write_atomically(flags.output / "report.md", "\n\n".join(sections) + "\n")
-    png = io.BytesIO()
-    plot.study(summary, dropout_rates=rates, sizes=sizes).savefig(png, format="png", dpi=130)
-    files.write_atomically(flags.output / "study.png", png.getvalue())
+    plot.save(plot.study(summary, dropout_rates=rates, sizes=sizes), flags.output / "study.png", dpi=130)
     print(f"study.png, report.md and history.json are in {flags.output}", file=sys.stderr)
     return 0 if complete == len(flags.sizes or preset["sizes"]) else INTERRUPTED
 

@@ -11,7 +11,6 @@ Prints tables and writes rivals.png, report.md and report.json.
 """
 
 import dataclasses
-import io
 import json
 import sys
 from pathlib import Path
@@ -171,8 +170,7 @@ def main(flags: Flags) -> int:
             ]
             scores[title][rival] = jax.tree.map(lambda *leaves: np.stack(leaves), *of_seeds)
 
-    weak = f" {len(seeds)} seeds are few." if len(seeds) < evidence.FEW_SEEDS else ""
-    sections = [f"Test set, mean and 95% interval over {len(seeds)} seeds; NLL in nats.{weak}"]
+    sections = [f"Test set, mean and 95% interval over {report.number_of_seeds(len(seeds))}; NLL in nats."]
     verdicts: dict[str, list[evidence.Verdict]] = {}
     for title, of_rivals in scores.items():
         rows: list[tuple[str, ...]] = [("rival", "chosen", *MEASURES.values())]
@@ -215,9 +213,7 @@ def main(flags: Flags) -> int:
     }
     files.write_atomically(flags.output / "report.json", json.dumps(results, indent=1, default=str) + "\n")
     files.write_atomically(flags.output / "report.md", "\n\n".join(sections) + "\n")
-    png = io.BytesIO()
-    plot.rivals(scores, measures=MEASURES | {"loss": "NLL (nats)"}).savefig(png, format="png", dpi=110)
-    files.write_atomically(flags.output / "rivals.png", png.getvalue())
+    plot.save(plot.rivals(scores, measures=MEASURES | {"loss": "NLL (nats)"}), flags.output / "rivals.png")
     print(f"rivals.png, report.md and report.json are in {flags.output}", file=sys.stderr)
     return 0
 

@@ -1,9 +1,12 @@
-"""Every figure, as a matplotlib Figure that the caller saves or shows.
+"""Every figure, as a matplotlib Figure that the caller saves (`save`) or shows.
 
 The only module that imports matplotlib. It needs no display and leaves pyplot's global state alone. Curves differ in
 line style and lightness as well as in hue, so that they survive grey printing.
 """
 
+import io
+import os
+import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -17,6 +20,7 @@ from matplotlib.ticker import MaxNLocator
 from fashion_jax.calibration import Reliability, Scores
 from fashion_jax.data import check_pixels
 from fashion_jax.evidence import Summary, check_history, interval
+from fashion_jax.files import write_atomically
 from fashion_jax.train import History
 
 # A bin of a handful of examples tells nothing but its noise.
@@ -26,6 +30,29 @@ _CURVES = {
     "training, evaluated": ("train", {"color": "#c4482e", "linestyle": "--", "marker": "^"}),
     "validation, evaluated": ("validation", {"color": "#123a6d", "linestyle": "-", "marker": "s"}),
 }
+
+
+def save(figure: Figure, path: str | os.PathLike[str], *, dpi: int = 110) -> None:
+    """Write a figure as a PNG file, as a whole or not at all.
+
+    Args:
+        figure: Any of this module's.
+        path: Where to; an existing file is replaced.
+        dpi: Pixels an inch.
+
+    Raises:
+        OSError: The file cannot be written; an existing one is as it was.
+
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> path = Path(tempfile.mkdtemp()) / "sheet.png"
+    >>> save(image_sheet(np.zeros((4, 28, 28), np.uint8), columns=2), path)
+    >>> path.read_bytes()[1:4]
+    b'PNG'
+    """
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=dpi)
+    write_atomically(path, png.getvalue())
 
 
 def losses(arms: Mapping[str, History], *, reference: Mapping[str, History] | None = None) -> Figure:

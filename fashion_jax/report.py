@@ -258,6 +258,17 @@ def mean_and_sd(values: Sequence[float] | np.ndarray) -> str:
     return f"{values.mean():.4f}" + (f" ± {values.std(ddof=1):.4f}" if len(values) > 1 else "")
 
 
+def number_of_seeds(count: int) -> str:
+    """Say how many seeds there are, and whether they are too few to decide much.
+
+    >>> [number_of_seeds(count) for count in (1, 2, 8)]
+    ['1 seed, which decides nothing', '2 seeds, which are few', '8 seeds']
+    """
+    if count == 1:
+        return "1 seed, which decides nothing"
+    return f"{count} seeds" + (", which are few" if count < FEW_SEEDS else "")
+
+
 def markdown(rows: list[tuple[str, ...]]) -> str:
     """Lay out rows of text, the first of them the heading, as an aligned Markdown table.
 

@@ -118,7 +118,7 @@ def test_the_study_compares_three_ways_to_predict(tmp_path, splits):
     command = [sys.executable, str(STUDY), *map(str, flags)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    assert "2 seeds are few" in result.stdout
+    assert "2 seeds, which are few" in result.stdout
     assert str(tmp_path) not in result.stdout
     assert result.stderr.splitlines()[-1] == f"pictures and report are in {tmp_path}"
     names = ["confusion.png", "entropy.png", "reliability.png", "report.json", "report.md"]

@@ -23,7 +23,7 @@ ALLOWED = {
     "log": {"config", "files", "train"},
     "model": {"config", "threefry"},
     "optimiser": {"config"},
-    "plot": {"calibration", "data", "evidence", "train"},
+    "plot": {"calibration", "data", "evidence", "files", "train"},
     "predict": {"config", "data", "model"},
     "report": {"config", "evidence", "train"},
     "script": set(),

@@ -377,7 +377,7 @@ def test_the_sweep_example_chooses_on_a_hold_out_and_tests_once(tmp_path):
     flags = ("--rates", 0, 0.5, "--sizes", 500, 1000, "--seeds", 2, "--epochs", 1, "--output", tmp_path)
     result = run_example(*flags, example="dropout_sweep.py")
     assert result.returncode == 0, result.stderr
-    assert "2 seeds are few" in result.stdout
+    assert "2 seeds, which are few" in result.stdout
     assert str(tmp_path) not in result.stdout
     assert result.stderr.splitlines()[-1] == f"study.png, report.md and history.json are in {tmp_path}"
     results = json.loads((tmp_path / "history.json").read_text())

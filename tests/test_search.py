@@ -160,7 +160,7 @@ def test_the_rivals_example_chooses_on_a_hold_out_and_tests_once(tmp_path):
     flags = ("--sizes", 100, "--epochs", 60, "--width", 64, "--seeds", 2, "--output", tmp_path)
     result = run_example("when_dropout_helps.py", *flags, "--rivals", "nothing", "dropout")
     assert result.returncode == 0, result.stderr
-    assert "2 seeds are few" in result.stdout
+    assert "2 seeds, which are few" in result.stdout
     assert "Of 12 intervals of 95%, 0.6 are expected to miss the truth." in result.stdout
     results = json.loads((tmp_path / "report.json").read_text())
     assert list(results["test"]) == ["100 images", "100 images, augmented"]
