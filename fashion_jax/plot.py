@@ -59,7 +59,8 @@ def losses(arms: Mapping[str, History], *, reference: Mapping[str, History] | No
     """Draw the losses of each arm against the epoch, one panel an arm, on one scale.
 
     Lines are means over runs and bands are +- one standard deviation. A ring marks the epoch with the lowest mean
-    validation loss.
+    validation loss. Runs whose losses did not stay finite are left out, and the title says how many remain; if none
+    does, all are drawn as far as they go.
 
     Args:
         arms: Title and History of each arm; leaves [epochs] for one run or [runs, epochs] for several.
@@ -83,24 +84,32 @@ def losses(arms: Mapping[str, History], *, reference: Mapping[str, History] | No
         raise ValueError("arms must hold at least one History, got none")
     for title, history in arms.items():
         check_history(history, f"arms[{title!r}]")
+        shape = np.shape(history.running_loss)
+        if len(shape) > 2:
+            raise ValueError(f"arms[{title!r}] must have leaves [epochs] or [runs, epochs], got {list(shape)}")
     figure = Figure(figsize=(1 + 4.5 * len(arms), 4.2), layout="constrained")
     panels = figure.subplots(1, len(arms), sharey=True, squeeze=False)[0]
+    counts = set()
     for axes, (title, history) in zip(panels, arms.items(), strict=True):
         if reference is not None and title in reference:
             _thin(axes, reference[title])
+        validation = np.atleast_2d(history.validation.loss)
+        finite = np.isfinite(validation).all(axis=1)
+        drawn = finite if finite.any() else ~finite
+        counts.add(int(drawn.sum()))
         for label, (field, style) in _CURVES.items():
             leaf = getattr(history, field)
-            _curve(axes, getattr(leaf, "loss", leaf), label, style)
-        _mark_best(axes, np.atleast_2d(history.validation.loss).mean(axis=0))
-        axes.set_title(title)
+            _curve(axes, np.atleast_2d(getattr(leaf, "loss", leaf))[drawn], label, style)
+        _mark_best(axes, validation[drawn].mean(axis=0))
+        axes.set_title(title if finite.all() else f"{title} (finite runs: {finite.sum()} of {finite.size})")
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         axes.margins(y=0.08)
         if np.shape(history.running_loss)[-1] == 1:
             axes.set_xlim(0, 2)
-    runs = len(np.atleast_2d(next(iter(arms.values())).running_loss))
-    panels[0].set_ylabel("loss (nats)" + (f", mean ± sd of {runs} runs" if runs > 1 else ""))
+    of = f" of {max(counts)} runs" if len(counts) == 1 else ""
+    panels[0].set_ylabel("loss (nats)" + (f", mean ± sd{of}" if max(counts) > 1 else ""))
     for axes in panels:
         axes.legend(fontsize=8)
     return figure
@@ -224,8 +233,8 @@ def study(summary: Summary, *, dropout_rates: Sequence[float], sizes: Sequence[i
 
     Args:
         summary: From `evidence.summarise`; leaves [sizes, rates, seeds].
-        dropout_rates: The rates.
-        sizes: Numbers of training examples.
+        dropout_rates: The rates, in any order; drawn in ascending order.
+        sizes: Numbers of training examples; likewise.
 
     Raises:
         ValueError: A leaf has other axes.
@@ -243,6 +252,9 @@ def study(summary: Summary, *, dropout_rates: Sequence[float], sizes: Sequence[i
             f"the summary's leaves must have axes [sizes, rates, seeds] = {[*shape, 'any']}, "
             f"got {list(summary.final_loss.shape)}"
         )
+    order = np.ix_(np.argsort(sizes), np.argsort(dropout_rates))
+    summary = Summary._make(np.asarray(leaf)[order] for leaf in summary)
+    sizes, dropout_rates = sorted(sizes), sorted(dropout_rates)
     figure = Figure(figsize=(11, 7.5), layout="constrained")
     panels = figure.subplots(2, 2).flat
     quantities = {
@@ -334,7 +346,7 @@ def entropies(parts: Mapping[str, Mapping[str, Float[np.ndarray, "*runs n"]]]) -
         parts: Title of each set of images; for each arm's name the entropies in nats, of all seeds together.
 
     Raises:
-        ValueError: There is no set of images.
+        ValueError: There is no set of images, or two have other arms.
 
     >>> figure = entropies({"test set": {"plain": np.array([0.1, 0.2])}, "noise": {"plain": np.array([2.0, 2.1])}})
     >>> [axes.get_title() for axes in figure.axes]
@@ -344,15 +356,19 @@ def entropies(parts: Mapping[str, Mapping[str, Float[np.ndarray, "*runs n"]]]) -
         raise ValueError("parts must hold at least one set of images, got none")
     figure = Figure(figsize=(1 + 2.9 * len(parts), 3.6), layout="constrained")
     panels = figure.subplots(1, len(parts), sharex=True, sharey=True, squeeze=False)[0]
-    styles = (("#e8a33d", ":", 2.2), ("#c4482e", "--", 1.6), ("#123a6d", "-", 1.6), ("#4a4a4a", "-.", 1.6))
+    colours, lines = ("#e8a33d", "#c4482e", "#123a6d", "#4a4a4a"), ((":", 2.2), ("--", 1.6), ("-", 1.6), ("-.", 1.6))
+    names = _shared_names(parts, "parts")
     for axes, (title, arms) in zip(panels, parts.items(), strict=True):
-        for i, (name, values) in enumerate(arms.items()):
-            colour, line, width = styles[i % len(styles)]
-            axes.ecdf(np.ravel(values), label=name, color=colour, linestyle=line, linewidth=width)
+        for i, name in enumerate(names):
+            # After the last colour the first comes again, with another line.
+            line, width = lines[(i + i // len(colours)) % len(lines)]
+            colour = colours[i % len(colours)]
+            axes.ecdf(np.ravel(arms[name]), label=name, color=colour, linestyle=line, linewidth=width)
         axes.set_title(title)
         axes.set_xlabel("entropy (nats)")
         axes.grid(alpha=0.3)
-    panels[0].set_xlim(0, np.log(10))
+    # That of ten equal probabilities, unless there are more classes.
+    panels[0].set_xlim(0, max(np.log(10), *(np.max(values) for arms in parts.values() for values in arms.values())))
     panels[0].set_ylabel("share of images\nwith at most this entropy")
     panels[0].legend(loc="lower right", fontsize=8)
     return figure
@@ -397,13 +413,15 @@ def rivals(situations: Mapping[str, Mapping[str, Scores]], *, measures: Mapping[
     """Draw what rivals reach: one row of panels a situation, one panel a measure, one line a rival.
 
     Dots are means over seeds, bars their 95% intervals, and the rings single seeds. The dashed line is the first rival.
+    Red and square is what has "dropout" in its name, but for "no dropout".
 
     Args:
-        situations: Title of each row; in it, name and scores of each rival, leaves [seeds].
+        situations: Title of each row; in it, name and scores of each rival, leaves [seeds]. All rows have the same
+            rivals, and the order of the first.
         measures: Field of `Scores` and label of each column.
 
     Raises:
-        ValueError: There is no situation or no rival.
+        ValueError: There is no situation or no rival, or two rows have other rivals.
 
     >>> scores = Scores(*np.full((4, 3), 0.5), *np.zeros((2, 3, 10)), np.zeros((3, 10, 10), int))
     >>> figure = rivals({"60,000 images": {"nothing": scores, "dropout": scores}}, measures={"accuracy": "accuracy"})
@@ -412,19 +430,19 @@ def rivals(situations: Mapping[str, Mapping[str, Scores]], *, measures: Mapping[
     """
     if not situations or not all(situations.values()):
         raise ValueError("situations must hold at least one rival each, got none")
-    names = list(next(iter(situations.values())))
+    names = _shared_names(situations, "situations")
     height = 0.7 + 0.28 * len(names)
     figure = Figure(figsize=(11, height * len(situations) + 0.3), layout="constrained")
     grid = figure.subplots(len(situations), len(measures), sharey=True, squeeze=False)
     for row, (title, of_rivals) in zip(grid, situations.items(), strict=True):
         for axes, (field, label) in zip(row, measures.items(), strict=True):
-            for i, (name, scores) in enumerate(of_rivals.items()):
-                values = np.asarray(getattr(scores, field), np.float64)
+            for i, name in enumerate(names):
+                values = np.asarray(getattr(of_rivals[name], field), np.float64)
                 measured = interval(values)
-                colour = "#c4482e" if "dropout" in name else "#123a6d"
+                colour, marker = ("#c4482e", "s") if re.search("(?<!no )dropout", name) else ("#123a6d", "o")
                 axes.plot(values, np.full(len(values), i), "o", color=colour, markersize=4, fillstyle="none", alpha=0.5)
                 axes.plot([measured.low, measured.high], [i, i], color=colour, linewidth=2)
-                axes.plot(measured.mean, i, "s" if "dropout" in name else "o", color=colour, markersize=6)
+                axes.plot(measured.mean, i, marker, color=colour, markersize=6)
                 if i == 0:
                     axes.axvline(measured.mean, color="grey", linestyle="--", linewidth=1)
             axes.set_xlabel(label)
@@ -443,10 +461,17 @@ def rivals(situations: Mapping[str, Mapping[str, Scores]], *, measures: Mapping[
     return figure
 
 
-def _curve(axes: Axes, values, label: str, style: dict) -> None:
-    runs = np.atleast_2d(np.asarray(values, np.float64))
-    if runs.ndim != 2 or not runs.size:
-        raise ValueError(f"a History's leaves must have axes [epochs] or [runs, epochs], got {list(np.shape(values))}")
+def _shared_names(rows: Mapping[str, Mapping[str, object]], argument: str) -> list[str]:
+    """Give the names that each row has, in the order of the first row, as one legend is for all."""
+    names = list(next(iter(rows.values())))
+    for title, row in rows.items():
+        if row.keys() != set(names):
+            raise ValueError(f"{argument}[{title!r}] must have the names of the first, {names}; got {list(row)}")
+    return names
+
+
+def _curve(axes: Axes, runs: np.ndarray, label: str, style: dict) -> None:
+    runs = np.asarray(runs, np.float64)
     epochs = np.arange(1, runs.shape[1] + 1)
     mean = runs.mean(axis=0)
     # A line through one point cannot be seen.
@@ -466,7 +491,9 @@ def _thin(axes: Axes, history: History) -> None:
 
 
 def _mark_best(axes: Axes, mean) -> None:
-    best = int(mean.argmin())
+    if not np.isfinite(mean).any():
+        return
+    best = int(np.nanargmin(mean))
     # In the legend, because beside the ring there are curves.
     label = f"lowest validation: {mean[best]:.3f}, epoch {best + 1}"
     ring = {"marker": "o", "markersize": 9, "fillstyle": "none", "markeredgewidth": 1.8, "linestyle": ""}

@@ -107,6 +107,15 @@ def test_reliability_draws_means_and_leaves_out_bins_that_tell_nothing():
 def test_entropies_and_confusion_draw_what_they_are_given():
     figure = plot.entropies({"noise": {"arm": np.array([[0.5, 1.5], [1.0, 2.0]])}})
     np.testing.assert_allclose(figure.axes[0].lines[0].get_xdata()[1:], [0.5, 1.0, 1.5, 2.0])
+    assert figure.axes[0].get_xlim() == (0, np.log(10))
+    sure, unsure = np.array([0.5]), np.array([3.0])
+    figure = plot.entropies({"test set": dict.fromkeys("abcdefgh", sure), "noise": dict.fromkeys("hgfedcba", unsure)})
+    assert figure.axes[1].get_xlim() == (0, 3)
+    styles = [[(line.get_color(), line.get_linestyle(), line.get_label()) for line in a.lines] for a in figure.axes]
+    assert styles[0] == styles[1]
+    assert len({style[:2] for style in styles[0]}) == 8
+    with pytest.raises(ValueError, match=r"parts\['noise'\] must have the names of the first, \['a'\]; got \['b'\]"):
+        plot.entropies({"test set": {"a": sure}, "noise": {"b": sure}})
     figure = plot.confusion({"arm": np.array([[3, 1], [0, 5]])}, class_names=["bag", "coat"])
     np.testing.assert_allclose(figure.axes[0].images[0].get_array(), [[75, 25], [0, 100]])
     with pytest.raises(ValueError, match=r"shape \[3, 3\]"):

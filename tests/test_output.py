@@ -66,6 +66,28 @@ def test_losses_of_one_run_have_no_band():
     assert axes.get_ylabel() == "loss (nats)"
 
 
+def test_losses_leaves_out_runs_that_did_not_stay_finite():
+    arm = history()
+    stopped = jax.tree.map(lambda leaf: np.where(np.indices(leaf.shape).sum(axis=0) < 2, leaf, np.nan), arm)
+    stopped = jax.tree.map(lambda leaf, whole: np.concatenate([leaf[:1], whole[1:]]), stopped, arm)
+    figure = plot.losses({"arm": stopped, "whole": arm})
+    axes, mean = figure.axes[0], arm.validation.loss[1:].mean(axis=0)
+    np.testing.assert_allclose(axes.lines[2].get_ydata(), mean)
+    told = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert told[-1] == f"lowest validation: {mean.min():.3f}, epoch {mean.argmin() + 1}"
+    assert [axes.get_title() for axes in figure.axes] == ["arm (finite runs: 2 of 3)", "whole"]
+    assert axes.get_ylabel() == "loss (nats), mean ± sd"
+    one = jax.tree.map(lambda leaf: leaf[0], stopped)
+    axes = plot.losses({"arm": one}).axes[0]
+    assert axes.get_title() == "arm (finite runs: 0 of 1)"
+    best = int(np.nanargmin(one.validation.loss))
+    assert axes.get_legend().get_texts()[-1].get_text() == (
+        f"lowest validation: {one.validation.loss[best]:.3f}, epoch {best + 1}"
+    )
+    nothing = jax.tree.map(lambda leaf: np.full_like(leaf, np.nan), arm)
+    assert len(plot.losses({"arm": nothing}).axes[0].get_legend().get_texts()) == 3
+
+
 def test_losses_refuses_other_axes():
     with pytest.raises(ValueError, match="at least one History"):
         plot.losses({})
@@ -371,6 +393,16 @@ def test_the_study_draws_a_line_a_size_and_marks_the_best_rate():
     pixels(figure)
     with pytest.raises(ValueError, match=r"\[sizes, rates, seeds\] = \[2, 2, 'any'\], got \[2, 3, 4\]"):
         plot.study(summary, dropout_rates=[0.0, 0.2], sizes=[1_000, 5_000])
+
+
+def test_the_study_draws_rates_and_sizes_in_ascending_order():
+    rng = np.random.default_rng(0)
+    leaves = rng.uniform(0.2, 0.5, (5, 2, 3, 4, 6))
+    whole = History(leaves[0], Metrics(leaves[1], leaves[2]), Metrics(leaves[3], leaves[4]))
+    mixed = jax.tree.map(lambda leaf: leaf[::-1][:, [2, 0, 1]], whole)
+    expected = plot.study(evidence.summarise(whole), dropout_rates=[0.0, 0.2, 0.5], sizes=[1_000, 5_000])
+    figure = plot.study(evidence.summarise(mixed), dropout_rates=[0.5, 0.0, 0.2], sizes=[5_000, 1_000])
+    np.testing.assert_array_equal(pixels(figure), pixels(expected))
 
 
 def test_the_sweep_example_chooses_on_a_hold_out_and_tests_once(tmp_path):

@@ -155,6 +155,27 @@ def test_the_rivals_figure_shows_each_seed_and_interval():
         plot.rivals({"few": {}}, measures={})
 
 
+def test_the_rivals_figure_goes_by_names():
+    def scored(accuracy):
+        return calibration.Scores(np.array(accuracy), *np.zeros((3, 2)), *np.zeros((2, 2, 4)), np.zeros((2, 4, 4), int))
+
+    of = {"no dropout": scored([0.1, 0.2]), "dropout": scored([0.6, 0.7]), "decay": scored([0.3, 0.4])}
+    figure = plot.rivals({"few": of, "many": dict(reversed(of.items()))}, measures={"accuracy": "accuracy"})
+    first, second = ([(line.get_xdata(), line.get_color()) for line in axes.lines] for axes in figure.axes)
+    for (x, colour), (other, like) in zip(first, second, strict=True):
+        np.testing.assert_array_equal(x, other)
+        assert colour == like
+    assert [axes.get_yticklabels()[1].get_text() for axes in figure.axes] == ["dropout", "dropout"]
+    colours = [
+        line.get_color()
+        for line in figure.axes[0].lines
+        if str(line.get_marker()) in "os" and len(line.get_xdata()) == 1
+    ]
+    assert colours[0] == colours[2] != colours[1]
+    with pytest.raises(ValueError, match=r"situations\['many'\] must have the names of the first, .*; got \['decay'\]"):
+        plot.rivals({"few": of, "many": {"decay": of["decay"]}}, measures={"accuracy": "accuracy"})
+
+
 def test_the_rivals_example_chooses_on_a_hold_out_and_tests_once(tmp_path):
     # So few images that the network overfits long before the last epoch.
     flags = ("--sizes", 100, "--epochs", 60, "--width", 64, "--seeds", 2, "--output", tmp_path)
