@@ -6,6 +6,7 @@ flipped bit by luck only. Reading needs neither Flax nor, but for PyTorch's own 
 
 import dataclasses
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -94,18 +95,21 @@ def from_torch(state_dict: Mapping[str, Any], *, config: TrainConfig | None = No
     """Take the weights of a PyTorch network: a chain of `nn.Linear` with ReLU in between, on standardised pixels.
 
     Layers may have any names: fc1, fc2, ... as in the tutorial, 0, 2, ... from `nn.Sequential`, with any prefix. Names
-    that differ in their numbers only are taken in the order of the numbers, others in the order of the mapping.
+    that differ in their numbers only are taken in the order of the numbers, others in the order of the mapping. After
+    fc1 no number may be left out, so that a layer that is missing is noticed.
 
     Args:
-        state_dict: Name and tensor (or array) of each weight [out, in] and bias [out], from `model.state_dict()`.
+        state_dict: Name and tensor (or array) of each weight [out, in] and bias [out], from `model.state_dict()`. A
+            safetensors file gives them sorted by name; put layers that are not numbered into the network's order.
         config: Gives the widths; if left out, they are those of the tensors, from 784 inputs to 10 outputs.
 
     Returns:
         Parameters in the form of `Run.state.params`. `hidden_units` tells the widths for a `TrainConfig`.
 
     Raises:
-        TypeError: An entry is not a tensor.
-        ValueError: A tensor is missing, is one too many, has the wrong shape or holds a number that is not finite.
+        TypeError: It is not a mapping, or an entry is not a tensor of floats.
+        ValueError: A tensor is missing, is one too many, has the wrong shape or holds a number that is not finite; or
+            the config has a model of its own.
 
     >>> tensors = {"0.weight": np.zeros((32, 784)), "0.bias": np.zeros(32)}
     >>> tensors |= {"2.weight": np.zeros((10, 32)), "2.bias": np.zeros(10)}
@@ -116,6 +120,10 @@ def from_torch(state_dict: Mapping[str, Any], *, config: TrainConfig | None = No
     Traceback (most recent call last):
     ValueError: state_dict does not hold a chain of nn.Linear: 2.bias is missing
     """
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"state_dict must be a mapping, such as model.state_dict(), got {type(state_dict).__name__}")
+    if config is not None:
+        _check_perceptron(config)
     layers: dict[str, dict[str, np.ndarray]] = {}
     wrong: list[str] = []
     for name, tensor in state_dict.items():
@@ -136,9 +144,8 @@ def from_torch(state_dict: Mapping[str, Any], *, config: TrainConfig | None = No
         wrong += _misfits(layers, config)
     if wrong:
         raise ValueError(f"state_dict does not hold a chain of nn.Linear: {'; '.join(wrong)}")
-    dtype = jnp.result_type(float)
     return {
-        f"fc{i}": {"kernel": jnp.array(parts["weight"].T, dtype), "bias": jnp.array(parts["bias"], dtype)}
+        f"fc{i}": {"kernel": jnp.array(parts["weight"].T), "bias": jnp.array(parts["bias"])}
         for i, parts in enumerate(layers.values(), start=1)
     }
 
@@ -189,17 +196,13 @@ def load_torch(path: str | os.PathLike[str], *, config: TrainConfig | None = Non
     """
     import torch
 
+    content = Path(path).read_bytes()
     try:
-        with Path(path).open("rb") as file:
-            state_dict = torch.load(file, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
+        state_dict = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:
-        # A damaged or a dangerous file makes torch.load raise its own, the unpickler's and zlib's errors.
+        # A damaged or a dangerous file makes torch.load raise its own, the unpickler's and zlib's errors, and OSError.
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(f"{path} is not a file of PyTorch weights alone, or is damaged: {reason}") from error
-    if not isinstance(state_dict, Mapping):
-        raise ValueError(f"{path} must hold a state_dict, got a {type(state_dict).__name__}")
     try:
         return from_torch(state_dict, config=config)
     except (TypeError, ValueError) as error:
@@ -226,7 +229,8 @@ def save_safetensors(
 
     Raises:
         OSError: The file cannot be written.
-        ValueError: The parameters do not fit the config, or are not those of a `FashionMLP`.
+        ValueError: The parameters do not fit the config, hold a number that is not finite, or are not those of a
+            `FashionMLP`.
 
     >>> import tempfile
     >>> from fashion_jax.train import init_state
@@ -237,6 +241,7 @@ def save_safetensors(
     >>> network.config == TrainConfig(), network.class_names[9]
     (True, 'Ankle boot')
     """
+    _check_perceptron(config)
     _check_network(params, config, class_names)
     tensors = _tensors(params)
     about = dataclasses.replace(config, loss=None, optimiser=None).as_dict()
@@ -269,8 +274,8 @@ def load_safetensors(path: str | os.PathLike[str]) -> Network:
         raise ValueError(f"{path} is not a safetensors file, or is damaged: {error}") from error
     if "sha256" not in metadata:
         raise ValueError(
-            f"{path} has no digest, so another program wrote it; read it with safetensors.numpy.load_file and take the "
-            "weights with from_torch"
+            f"{path} has no digest, so another program wrote it; read it with safetensors.numpy.load_file, which sorts "
+            "by name, put layers that are not numbered into the network's order, and take the weights with from_torch"
         )
     if _digest(tensors, metadata) != metadata["sha256"]:
         raise ValueError(f"{path} is damaged: its content does not have the digest that it was written with")
@@ -301,7 +306,7 @@ def export(
 
     Raises:
         OSError: The file cannot be written.
-        ValueError: The parameters do not fit the config.
+        ValueError: The parameters do not fit the config, or hold a number that is not finite.
 
     >>> import tempfile
     >>> from fashion_jax.train import init_state
@@ -371,7 +376,8 @@ def export_onnx(
     Raises:
         ImportError: The package onnx is not installed; `pip install 'fashion_jax[onnx]'` installs it.
         OSError: The file cannot be written.
-        ValueError: The parameters do not fit the config.
+        ValueError: The parameters do not fit the config, hold a number that is not finite, or are not those of a
+            `FashionMLP`.
 
     >>> import tempfile
     >>> from fashion_jax.train import init_state
@@ -383,6 +389,7 @@ def export_onnx(
     import onnx
     from onnx import TensorProto, helper, numpy_helper
 
+    _check_perceptron(config)
     _check_network(params, config, class_names)
     tensors = {name: array.astype(np.float32) for name, array in _tensors(params).items()}
     constants = {"white": np.float32(255), "half": np.float32(0.5)}
@@ -413,10 +420,32 @@ def export_onnx(
     write_atomically(path, model.SerializeToString())
 
 
+def _check_perceptron(config: TrainConfig) -> None:
+    """Refuse a network of the user's own, whatever its layers are called: what it computes cannot be seen in them."""
+    if config.model is not None:
+        raise ValueError(
+            f"config.model is {config.as_dict()['model']}: formats with PyTorch's names are for the perceptron alone; "
+            "export takes any network"
+        )
+
+
+def _as_dict(params: Mapping[str, Any]) -> dict[str, Any]:
+    if not isinstance(params, Mapping):
+        raise ValueError(f"params must be those of a model, such as state.params, got {type(params).__name__}")
+    return dict(params)
+
+
 def _check_network(params: Mapping[str, Any], config: TrainConfig, class_names: Sequence[str]) -> None:
     from fashion_jax.model import check_params
 
-    check_params(dict(params), config)
+    params = _as_dict(params)
+    check_params(params, config)
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    wrong = [
+        jax.tree_util.keystr(path, simple=True, separator=".") for path, leaf in leaves if not np.isfinite(leaf).all()
+    ]
+    if wrong:
+        raise ValueError(f"params hold numbers that are not finite, in {', '.join(wrong)}")
     if len(class_names) != config.classes:
         raise ValueError(f"class_names must name {config.classes} classes, got {len(class_names)}")
 
@@ -424,11 +453,15 @@ def _check_network(params: Mapping[str, Any], config: TrainConfig, class_names: 
 def _as_numpy(name: str, tensor) -> np.ndarray:
     if isinstance(tensor, Mapping):
         raise TypeError(f"state_dict[{name!r}] is a mapping and not a tensor; pass that entry if it is the state_dict")
-    # float64 holds every other float type, bfloat16 too, which NumPy lacks.
-    array = tensor.detach().cpu().double().numpy() if hasattr(tensor, "detach") else np.asarray(tensor)
+    if hasattr(tensor, "detach"):
+        tensor = tensor.detach().cpu()
+        # float64 holds every other float type, bfloat16 too, which NumPy lacks.
+        tensor = (tensor.double() if tensor.is_floating_point() else tensor).numpy()
+    array = np.asarray(tensor)
     if not np.issubdtype(array.dtype, np.floating):
         raise TypeError(f"state_dict[{name!r}] must be a tensor of floats, got {array.dtype}")
-    return array
+    with np.errstate(over="ignore"):
+        return array.astype(jnp.result_type(float))
 
 
 def _in_order(names: Mapping[str, Any]) -> list[str]:
@@ -440,16 +473,14 @@ def _in_order(names: Mapping[str, Any]) -> list[str]:
 
 def _missing(layers: Mapping[str, Any], given: Mapping[str, Any], config: TrainConfig | None) -> list[str]:
     """Name the tensors that are not there, as far as names tell."""
-    names = list(layers)
-    numbered = [re.fullmatch(r"(.*\bfc)(\d+)", name) for name in names]
-    if numbered and all(numbered):
+    names = list(layers) or ["fc1"]
+    if first := re.fullmatch(r"(.*\bfc)1", names[0]):
         # The tutorial's names tell which layers there ought to be.
-        prefix = numbered[0][1]  # type: ignore[index]
-        count = max(int(match[2]) for match in numbered if match)
-        names = [f"{prefix}{i}" for i in range(1, max(count, len(config.hidden) + 1 if config else 0) + 1)]
-    elif not names:
-        names = [f"fc{i}" for i in range(1, len((config or TrainConfig()).hidden) + 2)]
-    tensors = [f"{name}.{part}" for name in names for part in ("weight", "bias")]
+        numbers = [re.fullmatch(rf"{re.escape(first[1])}(\d+)", name) for name in names]
+        if all(numbers):
+            last = max([len(config.hidden) + 1 if config else 1, *(int(number[1]) for number in numbers if number)])
+            names += [f"{first[1]}{i}" for i in range(1, last + 1)]
+    tensors = [f"{name}.{part}" for name in dict.fromkeys(names) for part in ("weight", "bias")]
     return [f"{name} is missing" for name in tensors if name not in given]
 
 
@@ -469,6 +500,7 @@ def _misfits(layers: Mapping[str, dict[str, np.ndarray]], config: TrainConfig | 
 
 def _tensors(params: Mapping[str, Any], names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
     """Give weights in PyTorch's names and axes, each an array of its own."""
+    params = _as_dict(params)
     layers = [f"fc{i}" for i in range(1, len(params) + 1)]
     wrong = [f"{layer}.{part}" for layer in layers for part in ("kernel", "bias") if part not in params.get(layer, {})]
     if wrong or not layers:

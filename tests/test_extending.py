@@ -12,7 +12,7 @@ import pytest
 from sklearn.datasets import load_digits
 
 from fashion_jax import Batch, Dropout, TrainConfig, fit, hold_out, predict_mc
-from fashion_jax.interop import export, load_exported, save_safetensors
+from fashion_jax.interop import export, export_onnx, from_torch, load_exported, save_safetensors, to_torch
 from fashion_jax.model import standardise
 from fashion_jax.predict import predict, probabilities
 from fashion_jax.sweep import lanes_that_fit, sweep
@@ -95,8 +95,36 @@ def test_a_convolutional_network(small, tmp_path):
     export(lane, config, tmp_path / "network.stablehlo")
     np.testing.assert_allclose(load_exported(tmp_path / "network.stablehlo")(small.images[:40]), rows, atol=1e-5)
     assert lanes_that_fit(jax.devices()[0], config) == 1
-    with pytest.raises(ValueError, match="params must be those of a FashionMLP"):
+    with pytest.raises(
+        ValueError, match=r"config\.model is .*Convolutional: .* the perceptron alone; export takes any"
+    ):
         save_safetensors(tmp_path / "network.safetensors", lane, config=config)
+
+
+class Tanh(nn.Module):
+    """A network whose parameters cannot be told from the perceptron's."""
+
+    dropout_rate: float | jax.Array = 0.0
+
+    @nn.compact
+    def __call__(self, x, *, deterministic):
+        x = standardise(x).reshape(x.shape[0], -1)
+        for i, units in enumerate((256, 128, 64), start=1):
+            x = nn.tanh(nn.Dense(units, name=f"fc{i}")(x))
+        return nn.log_softmax(nn.Dense(10, name="fc4")(x))
+
+
+def test_another_network_is_not_written_as_the_perceptron(tmp_path):
+    config = TrainConfig(model=Tanh)
+    params = init_state(KEY, config=config).params
+    for write in (
+        lambda: export_onnx(params, config, tmp_path / "network.onnx"),
+        lambda: save_safetensors(tmp_path / "network.safetensors", params, config=config),
+        lambda: from_torch(to_torch(params), config=config),
+    ):
+        with pytest.raises(ValueError, match=r"config\.model is .*Tanh: .* the perceptron alone; export takes any"):
+            write()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_run_of_ones_own_parts_goes_on_from_a_checkpoint(small, tmp_path):

@@ -97,6 +97,17 @@ def test_names_that_differ_in_more_than_numbers_keep_their_order(splits):
         np.testing.assert_array_equal(params[f"fc{i}"]["kernel"], layer.weight.detach().numpy().T)
 
 
+@pytest.mark.parametrize("names", ["fc{0}{0}", "block{0}.fc{0}", "net.{0}", "fc0{0}", "layer{0}.fc1"])
+def test_other_numbers_and_prefixes_are_read(names):
+    tensors = {name: np.asarray(tensor) for name, tensor in TutorialMLP(0.0).state_dict().items()}
+    named = {f"{names.format(name[2])}.{name.partition('.')[2]}": tensor for name, tensor in tensors.items()}
+    assert_same(interop.from_torch(named, config=TrainConfig()), interop.from_torch(tensors))
+    left_out = [*named][1]
+    del named[left_out]
+    with pytest.raises(ValueError, match=f"{left_out} is missing"):
+        interop.from_torch(named)
+
+
 def test_half_precision_is_read():
     tensors = {name: tensor.bfloat16() for name, tensor in TutorialMLP(0.0).state_dict().items()}
     params = interop.from_torch(tensors)
@@ -125,6 +136,7 @@ def changed(**changes):
         (changed(fc2__weight=np.zeros(128)), None, r"fc2.weight must have 2 axes, got shape \[128\]"),
         (changed(fc2__bias=np.zeros(127)), TrainConfig(), r"fc2.bias must have shape \[128\], got \[127\]"),
         (changed(fc1__bias=np.full(256, np.nan)), None, "fc1.bias holds a number that is not finite"),
+        (changed(fc1__bias=np.full(256, 1e300)), None, "fc1.bias holds a number that is not finite"),
         (changed(bn__running_mean=np.zeros(3)), None, "bn.running_mean is neither a weight nor a bias"),
         (
             changed(fc5__weight=np.zeros((10, 10)), fc5__bias=np.zeros(10)),
@@ -148,10 +160,14 @@ def test_missing_extra_and_misshapen_tensors_are_named(tensors, config, message)
             r"state_dict\['model'\] is a mapping.*pass that entry",
         ),
         ({"epoch": 3}, r"state_dict\['epoch'\] must be a tensor of floats, got int64"),
+        ({"fc1.weight": torch.zeros((2, 2), dtype=torch.int32)}, "must be a tensor of floats, got int32"),
+        (torch.nn.Linear(2, 2), r"state_dict must be a mapping, such as model\.state_dict\(\), got Linear"),
+        (None, "state_dict must be a mapping, .* got NoneType"),
+        ([], "state_dict must be a mapping, .* got list"),
         ({"fc1.weight": "zeros"}, "must be a tensor of floats"),
     ],
 )
-def test_what_is_no_tensor_is_refused(tensors, message):
+def test_what_is_no_tensor_is_refused(tensors, message, unchecked):
     with pytest.raises(TypeError, match=message):
         interop.from_torch(tensors)
 
@@ -166,7 +182,7 @@ class Dangerous:
         return Path.touch, (self.path,)
 
 
-def test_pytorch_files_execute_nothing(tmp_path):
+def test_pytorch_files_execute_nothing(tmp_path, unchecked):
     path, trace = tmp_path / "model.pth", tmp_path / "trace"
     torch.save({"fc1.weight": Dangerous(trace)}, path)
     with pytest.raises(ValueError, match=r"model\.pth is not a file of PyTorch weights alone"):
@@ -185,7 +201,20 @@ def test_pytorch_files_execute_nothing(tmp_path):
         interop.load_torch(tmp_path / "none.pth")
 
 
-def test_to_torch_refuses_other_params_and_names(params):
+def test_pytorch_files_that_are_cut_off_are_named(tmp_path):
+    path = tmp_path / "model.pth"
+    torch.save(sequential(784, 16, 10).state_dict(), path)
+    whole = path.read_bytes()
+    for length in range(0, len(whole), len(whole) // 100):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=r"model\.pth is not a file of PyTorch weights alone, or is damaged"):
+            interop.load_torch(path)
+
+
+def test_to_torch_refuses_other_params_and_names(params, unchecked):
+    for wrong in (init_state(jax.random.key(0)), None, [params]):
+        with pytest.raises(ValueError, match=r"params must be those of a model, such as state\.params, got"):
+            interop.to_torch(wrong)
     with pytest.raises(ValueError, match=r"missing: fc4\.kernel, fc4\.bias|missing: fc2\.kernel, fc2\.bias"):
         interop.to_torch({name: params[name] for name in ("fc1", "fc3", "fc4")})
     with pytest.raises(ValueError, match="names must name each of the 4 layers once"):
@@ -205,7 +234,23 @@ def test_safetensors_gives_back_the_same_bytes(tmp_path, params):
     assert torch.equal(model.fc4.bias, interop.to_torch(params)["fc4.bias"])
     with pytest.raises(ValueError, match=r"params do not fit the config: .*fc1\.kernel must have shape \[784, 32\]"):
         interop.save_safetensors(path, params, config=TrainConfig(hidden=(32, 128, 64)))
+    with pytest.raises(ValueError, match=r"dropout_rate must lie in \[0, 1\), got 1.5"):
+        interop.save_safetensors(path, params, dropout_rate=1.5)
     assert_same(interop.load_safetensors(path).params, params)
+    interop.save_safetensors(path, params)
+    assert interop.load_safetensors(path).dropout_rate is None
+
+
+def test_weights_that_are_not_finite_are_not_written(tmp_path, params):
+    wrong = params | {"fc2": {**params["fc2"], "bias": params["fc2"]["bias"].at[3].set(np.nan)}}
+    for write in (
+        lambda: interop.save_safetensors(tmp_path / "network", wrong),
+        lambda: interop.export(wrong, TrainConfig(), tmp_path / "network"),
+        lambda: interop.export_onnx(wrong, TrainConfig(), tmp_path / "network"),
+    ):
+        with pytest.raises(ValueError, match=r"params hold numbers that are not finite, in fc2\.bias$"):
+            write()
+    assert not list(tmp_path.iterdir())
 
 
 def damaged(whole: bytes, trials: int):
@@ -248,7 +293,7 @@ def test_foreign_safetensors_are_refused_and_can_still_be_read(tmp_path, params)
     path = tmp_path / "model.safetensors"
     model = TutorialMLP(0.2)
     safetensors.torch.save_file(model.state_dict(), path)
-    with pytest.raises(ValueError, match="has no digest, so another program wrote it"):
+    with pytest.raises(ValueError, match=r"has no digest, so another program wrote it.* sorts by name"):
         interop.load_safetensors(path)
     assert_same(interop.from_torch(safetensors.numpy.load_file(path)), interop.from_torch(model.state_dict()))
 
