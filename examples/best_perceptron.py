@@ -115,9 +115,9 @@ def main(flags: Flags) -> int:
     for seed in seeds:
         params = jax.tree.map(lambda leaf, at=seed: leaf[at], run.state.params)
         of_seeds.append(calibration.score(predict(params, test.images, config=final.config), test.labels))
-        save_safetensors(flags.output / f"network-{seed}.safetensors", params, config=final.config)
+        path = flags.output / f"network-{seed}.safetensors"
+        save_safetensors(path, params, config=final.config, dropout_rate=final.dropout_rate)
     scores = jax.tree.map(lambda *leaves: np.stack(leaves), *of_seeds)
-    weak = f" {len(seeds)} seeds are few." if len(seeds) < evidence.FEW_SEEDS else ""
     rows: list[tuple[str, ...]] = [("recipe", "hold-out accuracy", "hold-out NLL")]
     rows += [(name, f"{of.accuracy[0, -1]:.4f}", f"{of.loss[0, -1]:.4f}") for name, of in tried.items()]
     sections = [f"Tried, {flags.epochs} epochs, one seed:", report.markdown(rows)]

@@ -20,6 +20,7 @@ from fashion_jax.model import check_rate
 from fashion_jax.predict import predict, predict_mc, read_image
 from fashion_jax.script import run_script
 
+RATE = 0.2
 LIGHT_ON_DARK = {"auto": None, "light": True, "dark": False}
 
 
@@ -33,8 +34,9 @@ class Flags:
     """Thinned networks of Monte Carlo dropout, for error bars of +- one standard deviation; 0 for dropout off."""
     objects: Literal["auto", "light", "dark"] = "auto"
     """Whether the clothes are lighter or darker than their background; by default each picture's border decides."""
-    rate: float = 0.2
-    """Dropout rate in [0, 1), of the training and of Monte Carlo dropout."""
+    rate: float | None = None
+    """Dropout rate in [0, 1), of the training and of Monte Carlo dropout. If left out, that of the network in FILE, or
+    0.2 for a new one."""
     epochs: int = 30
     """Passes over the training set, if a network has to be trained."""
     checkpoint: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
@@ -52,6 +54,8 @@ def main(flags: Flags) -> int:
         raise ValueError(f"--samples must be at least 0, got {flags.samples}")
     if not 0 <= flags.seed < 2**32:
         raise ValueError(f"--seed must lie between 0 and 2**32 - 1, got {flags.seed}")
+    if flags.rate is not None:
+        check_rate(flags.rate, "--rate")
     images: dict[Path, np.ndarray] = {}
     unread = 0
     for path in flags.images:
@@ -70,6 +74,12 @@ def main(flags: Flags) -> int:
             raise ValueError(
                 f"{flags.model} tells other classes than Fashion-MNIST's: {', '.join(network.class_names)}"
             )
+        if None not in (flags.rate, network.dropout_rate) and flags.rate != network.dropout_rate:
+            raise ValueError(
+                f"{flags.model} was trained with the dropout rate {network.dropout_rate}, and --rate is {flags.rate}; "
+                "leave --rate out, or name a new file with --model"
+            )
+        print(f"using the network in {flags.model}", file=sys.stderr)
     else:
         network = train(flags)
         if network is None:
@@ -78,12 +88,15 @@ def main(flags: Flags) -> int:
     pixels = np.stack(list(images.values()))
     spread, mutual_information = None, None
     if flags.samples:
+        rate = flags.rate if network.dropout_rate is None else network.dropout_rate
+        if rate is None:
+            raise ValueError(f"{flags.model} does not tell which dropout rate it was trained with; name it with --rate")
         sampled = predict_mc(
             network.params,
             pixels,
             key=jax.random.key(flags.seed),
             samples=flags.samples,
-            dropout_rate=flags.rate,
+            dropout_rate=rate,
             config=network.config,
         )
         probabilities, spread, mutual_information = sampled.probabilities, sampled.spread, sampled.mutual_information
@@ -116,8 +129,7 @@ def main(flags: Flags) -> int:
 
 def train(flags: Flags) -> Network | None:
     """Train a network and keep it; give None if Ctrl-C stopped it early."""
-    config = TrainConfig()
-    check_rate(flags.rate)
+    config, rate = TrainConfig(), RATE if flags.rate is None else flags.rate
     for directory in (flags.output, flags.model.parent):
         files.prepare_directory(directory)
     splits = data.load(flags.data_dir)
@@ -127,7 +139,7 @@ def train(flags: Flags) -> Network | None:
             splits.test,
             key=jax.random.key(flags.seed),
             config=config,
-            dropout_rate=flags.rate,
+            dropout_rate=rate,
             epochs=flags.epochs,
             on_epoch=progress,
             checkpoint=flags.checkpoint,
@@ -135,10 +147,10 @@ def train(flags: Flags) -> Network | None:
     if len(run.history.running_loss) < flags.epochs:
         print("stopped before training ended; the network was not kept", file=sys.stderr)
         return None
-    save_safetensors(flags.model, run.state.params, config=config)
+    save_safetensors(flags.model, run.state.params, config=config, dropout_rate=rate)
     accuracy = run.history.validation.accuracy[-1]
     print(f"trained, accuracy on the test set {accuracy:.4f}; the network is in {flags.model}", file=sys.stderr)
-    return Network(run.state.params, config, CLASS_NAMES)
+    return Network(run.state.params, config, CLASS_NAMES, rate)
 
 
 if __name__ == "__main__":

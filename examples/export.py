@@ -15,7 +15,7 @@ from typing import Annotated
 import numpy as np
 import tyro
 
-from fashion_jax import TrainConfig, data, files, interop, report
+from fashion_jax import CLASS_NAMES, TrainConfig, data, files, interop, report
 from fashion_jax.predict import predict
 from fashion_jax.script import run_script
 
@@ -35,9 +35,10 @@ class Flags:
 def main(flags: Flags) -> int:
     if flags.model.suffix in (".pth", ".pt"):
         params = interop.load_torch(flags.model)
-        config = TrainConfig(hidden=interop.hidden_units(params))
+        network = interop.Network(params, TrainConfig(hidden=interop.hidden_units(params)), CLASS_NAMES)
     else:
-        params, config, _ = interop.load_safetensors(flags.model)
+        network = interop.load_safetensors(flags.model)
+    params, config, names, rate = network
     images, labels = data.load(flags.data_dir).test
     ours = predict(params, images, config=config)
     paths = {suffix: flags.output / f"network.{suffix}" for suffix in ("pth", "safetensors", "stablehlo", "onnx")}
@@ -61,20 +62,24 @@ def main(flags: Flags) -> int:
         return predict(interop.load_torch(paths["pth"], config=config), images, config=config)
 
     def by_safetensors() -> np.ndarray:
-        interop.save_safetensors(paths["safetensors"], params, config=config)
+        interop.save_safetensors(paths["safetensors"], params, config=config, class_names=names, dropout_rate=rate)
         network = interop.load_safetensors(paths["safetensors"])
         return predict(network.params, images, config=network.config)
 
     def by_stablehlo() -> np.ndarray:
-        interop.export(params, config, paths["stablehlo"])
+        interop.export(params, config, paths["stablehlo"], class_names=names)
         return interop.load_exported(paths["stablehlo"])(images)
 
     def by_onnx() -> np.ndarray:
         import onnxruntime
 
-        interop.export_onnx(params, config, paths["onnx"])
+        interop.export_onnx(params, config, paths["onnx"], class_names=names)
         session = onnxruntime.InferenceSession(paths["onnx"], providers=["CPUExecutionProvider"])
         return np.asarray(session.run(None, {"images": np.asarray(images)})[0])
+
+    def accuracy(probabilities: np.ndarray) -> str:
+        # The labels are Fashion-MNIST's.
+        return f"{(probabilities.argmax(axis=1) == labels).mean():.4f}" if names == CLASS_NAMES else "-"
 
     routes: dict[str, Callable[[], np.ndarray]] = {
         "our weights in PyTorch": by_torch,
@@ -84,14 +89,14 @@ def main(flags: Flags) -> int:
         "ONNX, run by onnxruntime": by_onnx,
     }
     rows: list[tuple[str, ...]] = [("route", "largest difference of a probability", "accuracy")]
-    rows.append(("predict", "-", f"{(ours.argmax(axis=1) == labels).mean():.4f}"))
+    rows.append(("predict", "-", accuracy(ours)))
     for name, run in routes.items():
         try:
             theirs = run()
         except ImportError as error:
             rows.append((name, f"not run: {error}", "-"))
             continue
-        rows.append((name, f"{np.abs(theirs - ours).max():.1e}", f"{(theirs.argmax(axis=1) == labels).mean():.4f}"))
+        rows.append((name, f"{np.abs(theirs - ours).max():.1e}", accuracy(theirs)))
     table = report.markdown(rows)
     print(table)
     files.write_atomically(flags.output / "report.md", table + "\n")

@@ -43,11 +43,13 @@ class Network(NamedTuple):
         params: The model's parameters.
         config: What it was trained with, but for `loss` and `optimiser`: functions are not kept.
         class_names: Name of each class.
+        dropout_rate: Share of hidden units that were dropped while it was trained; None if the file does not tell.
     """
 
     params: dict[str, Any]
     config: TrainConfig
     class_names: tuple[str, ...]
+    dropout_rate: float | None = None
 
 
 class ExportedNetwork(NamedTuple):
@@ -215,8 +217,9 @@ def save_safetensors(
     *,
     config: TrainConfig = TrainConfig(),
     class_names: Sequence[str] = CLASS_NAMES,
+    dropout_rate: float | None = None,
 ) -> None:
-    """Write a network as one safetensors file, with config, class names and a digest in its metadata.
+    """Write a network as one safetensors file, with config, class names, rate and a digest in its metadata.
 
     The tensors have PyTorch's names and axes, so that PyTorch reads the file too:
     `model.load_state_dict(safetensors.torch.load_file(path))`.
@@ -226,26 +229,33 @@ def save_safetensors(
         params: The model's parameters.
         config: What it was trained with.
         class_names: Name of each class.
+        dropout_rate: Share of hidden units that were dropped in training, which Monte Carlo dropout needs; in [0, 1).
 
     Raises:
         OSError: The file cannot be written.
+        TypeError: The rate is no number.
         ValueError: The parameters do not fit the config, hold a number that is not finite, or are not those of a
-            `FashionMLP`.
+            `FashionMLP`; or the rate is out of range.
 
     >>> import tempfile
     >>> from fashion_jax.train import init_state
     >>> params = init_state(jax.random.key(0)).params
     >>> path = Path(tempfile.mkdtemp()) / "network.safetensors"
-    >>> save_safetensors(path, params)
+    >>> save_safetensors(path, params, dropout_rate=0.2)
     >>> network = load_safetensors(path)
-    >>> network.config == TrainConfig(), network.class_names[9]
-    (True, 'Ankle boot')
+    >>> network.config == TrainConfig(), network.class_names[9], network.dropout_rate
+    (True, 'Ankle boot', 0.2)
     """
+    from fashion_jax.model import check_rate
+
     _check_perceptron(config)
     _check_network(params, config, class_names)
     tensors = _tensors(params)
     about = dataclasses.replace(config, loss=None, optimiser=None).as_dict()
     metadata = {"config": json.dumps(about), "class_names": json.dumps(list(class_names))}
+    if dropout_rate is not None:
+        check_rate(dropout_rate)
+        metadata["dropout_rate"] = json.dumps(float(dropout_rate))
     metadata["sha256"] = _digest(tensors, metadata)
     write_atomically(path, safetensors.numpy.save(tensors, metadata))
 
@@ -280,8 +290,9 @@ def load_safetensors(path: str | os.PathLike[str]) -> Network:
     if _digest(tensors, metadata) != metadata["sha256"]:
         raise ValueError(f"{path} is damaged: its content does not have the digest that it was written with")
     try:
-        config = TrainConfig.from_dict(json.loads(metadata["config"]))
-        return Network(from_torch(tensors, config=config), config, tuple(json.loads(metadata["class_names"])))
+        config, class_names = TrainConfig.from_dict(json.loads(metadata["config"])), json.loads(metadata["class_names"])
+        rate = json.loads(metadata.get("dropout_rate", "null"))
+        return Network(from_torch(tensors, config=config), config, tuple(class_names), rate)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} was written by another version of fashion_jax: {error}") from error
 

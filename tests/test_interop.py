@@ -3,6 +3,7 @@
 import itertools
 import json
 import pickle
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -195,7 +196,7 @@ def test_pytorch_files_execute_nothing(tmp_path, unchecked):
     with pytest.raises(ValueError, match=r"model\.pth"):
         interop.load_torch(path)
     torch.save([1, 2], path)
-    with pytest.raises(ValueError, match=r"model\.pth must hold a state_dict, got a list"):
+    with pytest.raises(ValueError, match=r"model\.pth: state_dict must be a mapping, .* got list"):
         interop.load_torch(path)
     with pytest.raises(FileNotFoundError):
         interop.load_torch(tmp_path / "none.pth")
@@ -224,8 +225,10 @@ def test_to_torch_refuses_other_params_and_names(params, unchecked):
 def test_safetensors_gives_back_the_same_bytes(tmp_path, params):
     config = TrainConfig(learning_rate=0.001, train_eval_size=None)
     path = tmp_path / "deep" / "größe.safetensors"
-    interop.save_safetensors(path, params, config=config, class_names=[f"class {i}" for i in range(10)])
+    names = [f"class {i}" for i in range(10)]
+    interop.save_safetensors(path, params, config=config, class_names=names, dropout_rate=0.5)
     network = interop.load_safetensors(path)
+    assert network.dropout_rate == 0.5
     assert_same(network.params, params)
     assert network.config == config
     assert network.class_names[3] == "class 3"
@@ -367,3 +370,19 @@ def test_the_example_takes_every_route(tmp_path, params):
     assert len({row[3] for row in rows}) == 1
     names = ["network.onnx", "network.pth", "network.safetensors", "network.stablehlo", "report.md"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
+
+
+def test_the_example_keeps_the_classes_and_the_rate(tmp_path, capsys):
+    config, names = TrainConfig(hidden=(8,), classes=4), tuple("abcd")
+    path, out = tmp_path / "network.safetensors", tmp_path / "out"
+    params = init_state(jax.random.key(0), config=config).params
+    interop.save_safetensors(path, params, config=config, class_names=names, dropout_rate=0.5)
+    example = runpy.run_path(str(EXPORT))
+    assert example["main"](example["Flags"](path, output=out)) == 0
+    network = interop.load_safetensors(out / "network.safetensors")
+    assert (network.class_names, network.dropout_rate) == (names, 0.5)
+    assert interop.load_exported(out / "network.stablehlo").class_names == names
+    (classes,) = onnx.load(out / "network.onnx").metadata_props
+    assert json.loads(classes.value) == list(names)
+    rows = [line.split("|") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[3].strip() for row in rows] == ["-"] * 6

@@ -1,6 +1,7 @@
 """Classes of arrays and of image files, and how sure the network is of them."""
 
 import io
+import runpy
 import struct
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from PIL import Image, ImageOps
 from PIL.Image import Resampling, Transpose
 
 from fashion_jax import CLASS_NAMES, FashionMLP, TrainConfig, fit
-from fashion_jax.interop import load_safetensors
+from fashion_jax.interop import load_safetensors, save_safetensors
 from fashion_jax.predict import CHUNK, LANES, MAX_PIXELS, predict, predict_mc, read_image
 from fashion_jax.train import init_state
 
@@ -467,17 +468,19 @@ def test_classify_trains_and_keeps_a_network(splits, kept):
     assert pictures == f"pictures are in {model.parents[1] / 'out'}"
     network = load_safetensors(model)
     assert network.class_names == CLASS_NAMES
+    assert network.dropout_rate == 0.2
     best = predict(network.params, splits.test.images[:1])[0]
     assert table(result.stdout)[0][1:3] == [CLASS_NAMES[best.argmax()], f"{best.max():.3f}"]
 
 
-def test_classify_tells_how_sure_it_is(tmp_path, splits, model):
-    picture = written(tmp_path, Image.fromarray(splits.test.images[0]))
+def test_classify_tells_how_sure_it_is(tmp_path, splits, params):
+    picture, model = written(tmp_path, Image.fromarray(splits.test.images[0])), tmp_path / "network.safetensors"
+    save_safetensors(model, params, dropout_rate=0.5)
     result = run_classify(picture, "--model", model, "--samples", 50, "--output", tmp_path / "out")
     assert result.returncode == 0
     assert "epoch" not in result.stderr
-    params = load_safetensors(model).params
-    sampled = predict_mc(params, splits.test.images[:1], key=jax.random.key(0), samples=50, dropout_rate=0.2)
+    assert f"using the network in {model}\n" in result.stderr
+    sampled = predict_mc(params, splits.test.images[:1], key=jax.random.key(0), samples=50, dropout_rate=0.5)
     best = sampled.probabilities[0].argmax()
     row = table(result.stdout)[0]
     assert row[2] == f"{sampled.probabilities[0, best]:.3f} ± {sampled.spread[0, best]:.3f}"
@@ -489,7 +492,8 @@ def test_classify_tells_how_sure_it_is(tmp_path, splits, model):
     [
         (("no.png",), "no.png"),
         (("picture.png", "--model", "picture.png"), "is not a safetensors file"),
-        (("picture.png", "--samples", 2, "--rate", 1.5), "dropout_rate must lie in [0, 1)"),
+        (("picture.png", "--rate", 1.5), "--rate must lie in [0, 1), got 1.5"),
+        (("picture.png", "--rate", 0.5), "was trained with the dropout rate 0.2, and --rate is 0.5; leave --rate out"),
     ],
 )
 def test_classify_refuses_bad_flags(tmp_path, splits, model, flags, message):
@@ -501,3 +505,25 @@ def test_classify_refuses_bad_flags(tmp_path, splits, model, flags, message):
     assert message in result.stderr
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_classify_asks_for_a_rate_that_the_network_does_not_tell(tmp_path, splits, params, capsys):
+    model, picture = tmp_path / "network.safetensors", written(tmp_path, Image.fromarray(splits.test.images[0]))
+    save_safetensors(model, params)
+    classify = runpy.run_path(str(CLASSIFY))
+    flags = {"images": (picture,), "model": model, "output": tmp_path / "out"}
+    with pytest.raises(ValueError, match=r"network\.safetensors does not tell which dropout rate .* --rate"):
+        classify["main"](classify["Flags"](**flags, samples=2))
+    for more in ({}, {"samples": 2, "rate": 0.3}):
+        assert classify["main"](classify["Flags"](**flags, **more)) == 0
+        assert CLASS_NAMES[9] in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stem", ["n" * 245, "ß" * 120])
+def test_classify_takes_names_as_long_as_names_may_be(tmp_path, splits, model, capsys, stem):
+    picture = tmp_path / f"{stem}.png"
+    Image.fromarray(splits.test.images[0]).save(picture)
+    classify = runpy.run_path(str(CLASSIFY))
+    assert classify["main"](classify["Flags"](images=(picture,), model=model, output=tmp_path / "out")) == 0
+    assert table(capsys.readouterr().out)[0][0] == str(picture)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [f"01-{stem[:50]}.png"]

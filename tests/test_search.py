@@ -227,6 +227,7 @@ def test_the_best_perceptron_is_chosen_on_a_hold_out_and_can_be_read_back(tmp_pa
     assert accuracies[results["chosen"]] == max(accuracies.values())
     network = load_safetensors(tmp_path / "network-0.safetensors")
     assert network.config.as_dict() == results["config"]
+    assert network.dropout_rate == results["dropout_rate"]
     from fashion_jax import load
 
     test = load().test
