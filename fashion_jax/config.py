@@ -12,6 +12,8 @@ import numbers
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TrainConfig:
@@ -29,8 +31,8 @@ class TrainConfig:
         classes: Number of classes.
         input_dropout: Share of pixels to drop while training, at every dropout rate of the hidden units, 0 included.
         dtype: Type that the matrix products are computed in, "bfloat16"; the parameters' own if None, in full precision
-            on every device, unless `jax_default_matmul_precision` is set. Parameters, activations and sums over
-            examples stay float32.
+            on every device, unless `jax_default_matmul_precision` is set. Parameters, the optimiser's state, losses
+            and metrics stay float32; what layers give, bias included, and gradients are rounded to bfloat16.
         label_smoothing: Share of the target that is spread over all classes, in the training loss only.
         shift: Each training image is moved by up to this many pixels up, down, left and right; black comes in.
         flip: Each training image is mirrored, left and right, with probability 1/2.
@@ -49,8 +51,8 @@ class TrainConfig:
         optimiser: Another optimiser than Adam: takes the learning rate, a number or an optax schedule, and gives an
             optax transformation.
 
-    The last three are compared by identity: make a `functools.partial` or a lambda once, because another one, however
-    like it, is another config and compiled anew.
+    The last three are compared by identity, and must be hashable: make a `functools.partial` or a lambda once, because
+    another one, however like it, is another config and compiled anew.
 
     Raises:
         TypeError: A field has the wrong type.
@@ -90,14 +92,13 @@ class TrainConfig:
             if not isinstance(value, tuple):
                 raise TypeError(f"{name} must be a tuple of ints, got {value!r}")
             for i, entry in enumerate(value):
-                _check_count(f"{name}[{i}]", entry, 1)
+                check_count(f"{name}[{i}]", entry, 1)
             self._hold(name, tuple(map(int, value)))
         if len(self.image_shape) < 2:
             raise ValueError(f"image_shape must be (height, width, ...), got {self.image_shape}")
         for name, least in _COUNTS.items():
             if name not in _OPTIONAL or getattr(self, name) is not None:
-                _check_count(name, getattr(self, name), least)
-                self._hold(name, int(getattr(self, name)))
+                self._hold(name, check_count(name, getattr(self, name), least))
         for name, (expected, fits) in _NUMBERS.items():
             if name not in _OPTIONAL or getattr(self, name) is not None:
                 _check_number(name, getattr(self, name), expected, fits)
@@ -115,6 +116,10 @@ class TrainConfig:
             function = getattr(self, name)
             if function is not None and not callable(function):
                 raise TypeError(f"{name} must be callable, got {function!r}")
+            try:
+                hash(function)
+            except TypeError:
+                raise TypeError(f"{name} must be hashable, as functions are, got {function!r}") from None
             unused = [other for other in replaced if getattr(self, other) != _DEFAULTS[other]]
             if function is not None and unused:
                 raise ValueError(f"{', '.join(unused)} would have no effect: {name} replaces what uses it")
@@ -135,12 +140,15 @@ class TrainConfig:
         return -(-examples // self.batch_size)
 
     def as_dict(self) -> dict[str, Any]:
-        """Give the fields as what JSON can hold; functions by their names.
+        """Give the fields as what JSON can hold; functions by their names, a `functools.partial` with its arguments.
+
+        Raises:
+            TypeError: An argument of a `functools.partial` is nothing that JSON can hold.
 
         >>> TrainConfig(loss=math.dist).as_dict()["loss"]
         'math.dist'
         """
-        return {field.name: _as_json(getattr(self, field.name)) for field in dataclasses.fields(self)}
+        return {field.name: _as_json(field.name, getattr(self, field.name)) for field in dataclasses.fields(self)}
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "TrainConfig":
@@ -192,11 +200,26 @@ _REPLACED = {
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
 
 
-def _check_count(name: str, value, least: int) -> None:
+def check_count(name: str, value: Any, least: int) -> int:
+    """Refuse what is not a whole number, or too small a one; give it as Python's own, which JSON can hold.
+
+    Args:
+        name: What to call it in the error.
+        value: What a caller gave.
+        least: Smallest allowed value.
+
+    Raises:
+        TypeError: It is not a whole number.
+        ValueError: It is too small.
+
+    >>> check_count("epochs", np.int64(3), 1)
+    3
+    """
     if not isinstance(value, numbers.Integral) or isinstance(value, bool):
         raise TypeError(f"{name} must be an int, got {value!r}")
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
+    return int(value)
 
 
 def _check_number(name: str, value, expected: str, fits: Callable[[Any], bool]) -> None:
@@ -206,11 +229,25 @@ def _check_number(name: str, value, expected: str, fits: Callable[[Any], bool]) 
         raise ValueError(f"{name} must {expected}, got {value}")
 
 
-def _as_json(value):
+def _as_json(field: str, value):
+    inside = functools.partial(_as_json, field)
     if isinstance(value, functools.partial):
-        named = {name: _as_json(given) for name, given in value.keywords.items()}
-        return {"partial": _as_json(value.func), "args": list(map(_as_json, value.args)), "keywords": named}
+        return {"partial": inside(value.func), "args": inside(value.args), "keywords": inside(value.keywords)}
     if callable(value):
         kind = value if hasattr(value, "__qualname__") else type(value)
         return f"{kind.__module__}.{kind.__qualname__}"
-    return list(value) if isinstance(value, tuple) else value
+    if isinstance(value, np.dtype):
+        return str(value)
+    # Arrays and their scalars, NumPy's and JAX's.
+    if hasattr(value, "tolist"):
+        return inside(value.tolist())
+    if isinstance(value, (tuple, list)):
+        return list(map(inside, value))
+    if isinstance(value, Mapping):
+        return {str(name): inside(entry) for name, entry in value.items()}
+    if value is None or isinstance(value, (str, int, float)):
+        return value
+    raise TypeError(
+        f"{field} has an argument that JSON cannot hold, {value!r}; give a named function of a module in place of the "
+        "functools.partial"
+    )

@@ -27,6 +27,15 @@ def focal_loss(log_probs, labels):
     return (1 - jnp.exp(-loss)) ** 2 * loss
 
 
+def mean_loss(log_probs, labels):
+    return negative_log_likelihood(log_probs, labels).mean()
+
+
+class Unhashable(dict):
+    def __call__(self, log_probs, labels):
+        return negative_log_likelihood(log_probs, labels)
+
+
 class Convolutional(nn.Module):
     width: int = 8
     dropout_rate: float | jax.Array = 0.0
@@ -209,6 +218,45 @@ def test_the_config_survives_json():
 
 
 @pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (np.float64(0.9), 0.9),
+        (jnp.float32(0.5), 0.5),
+        (jnp.bfloat16(0.5), 0.5),
+        (np.arange(2), [0, 1]),
+        (jnp.ones((1, 2)), [[1.0, 1.0]]),
+        (np.dtype("float32"), "float32"),
+        ((nn.relu, None, "a"), ["jax.nn.relu", None, "a"]),
+        ({1_000: np.float32(0.5)}, {"1000": 0.5}),
+        (functools.partial(focal_loss, labels=np.int8(3)), {"labels": 3}),
+    ],
+)
+def test_arguments_of_a_partial_are_told(given, told):
+    config = TrainConfig(model=functools.partial(Convolutional, width=given))
+    found = json.loads(json.dumps(config.as_dict(), allow_nan=False))["model"]["keywords"]["width"]
+    if isinstance(found, str) or (isinstance(found, list) and isinstance(found[0], str)):
+        found = json.loads(json.dumps(found).replace("jax._src.nn.functions.relu", "jax.nn.relu"))
+    assert (found["keywords"] if isinstance(given, functools.partial) else found) == told
+
+
+def test_an_argument_that_json_cannot_hold_is_named(small, tmp_path):
+    config = TrainConfig(hidden=(8,), loss=functools.partial(focal_with, {"gamma": 2 + 0j}))
+    with pytest.raises(
+        TypeError, match=r"loss has an argument that JSON cannot hold, \(2\+0j\); give a named function"
+    ):
+        config.as_dict()
+    few = Batch(small.images[:64], small.labels[:64])
+    fit(few, few, key=KEY, config=config, epochs=1)
+    with pytest.raises(TypeError, match="loss has an argument"):
+        fit(few, few, key=KEY, config=config, epochs=1, checkpoint=tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+def focal_with(options, log_probs, labels):
+    return focal_loss(log_probs, labels)
+
+
+@pytest.mark.parametrize(
     ("model", "error", "message"),
     [
         (lambda dropout_rate: None, TypeError, r"config\.model must give a flax\.linen\.Module"),
@@ -263,6 +311,7 @@ def test_a_loss_that_is_one_number_is_refused(small):
         ({"max_norm": 0.0}, ValueError, "max_norm must be positive and finite"),
         ({"average_decay": 1.0}, ValueError, r"average_decay must lie in \[0, 1\)"),
         ({"loss": 3}, TypeError, "loss must be callable, got 3"),
+        ({"loss": Unhashable()}, TypeError, "loss must be hashable, as functions are, got"),
         ({"loss": focal_loss, "label_smoothing": 0.1}, ValueError, "label_smoothing would have no effect: loss"),
         ({"optimiser": optax.sgd, "weight_decay": 0.1}, ValueError, "weight_decay would have no effect"),
         ({"model": Convolutional, "hidden": (3,), "dtype": "bfloat16"}, ValueError, "hidden, dtype would have no eff"),
