@@ -1,12 +1,14 @@
 """Ctrl-C and SIGTERM, taken note of instead of obeyed at once."""
 
 import contextlib
+import logging
 import signal
 import threading
 from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any
 
+logger: logging.Logger = logging.getLogger(__name__)
 _noted: ContextVar[list[int] | None] = ContextVar("noted", default=None)
 
 
@@ -16,8 +18,8 @@ def noting_signals(*, terminate: bool) -> Iterator[list[int]]:
 
     So what is under way is not lost. Inside another such block the list is that of the outer one: so a loop over runs
     knows that a run was interrupted, and a second Ctrl-C in a later run is a second one. A SIGTERM that was noted ends
-    the process where the outermost block ends. The main thread alone may change handlers, and a handler that somebody
-    else has set is left as it is.
+    the process where the outermost block ends; if that is by an error, it is logged before. The main thread alone may
+    change handlers, and a handler that somebody else has set is left as it is.
 
     Args:
         terminate: Take note of SIGTERM too.
@@ -49,11 +51,17 @@ def noting_signals(*, terminate: bool) -> Iterator[list[int]]:
     for number in ours:
         signal.signal(number, note)
     token = _noted.set(noted)
+    error = None
     try:
         yield noted
+    except BaseException as caught:
+        error = caught
+        raise
     finally:
         _noted.reset(token)
         for number, default in ours.items():
             signal.signal(number, default)
-    if noted[:1] == [signal.SIGTERM] and signal.SIGTERM in ours:
-        signal.raise_signal(signal.SIGTERM)
+        if noted[:1] == [signal.SIGTERM] and signal.SIGTERM in ours:
+            if error is not None:
+                logger.error("an error ended the run after a SIGTERM, which ends the process now", exc_info=error)
+            signal.raise_signal(signal.SIGTERM)

@@ -13,7 +13,7 @@ import os
 import signal
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -728,6 +728,18 @@ def run_epochs(
             loss = rows[-1].validation.loss
             store.save(len(rows), run()._replace(**to_host(lane)._asdict()), loss=float(loss[np.isfinite(loss)].mean()))
 
+    @contextlib.contextmanager
+    def saved_on_error() -> Iterator[None]:
+        try:
+            yield
+        except KeyboardInterrupt:
+            raise
+        except BaseException:
+            # Of several processes this one alone may have failed, and to fetch the lanes takes all.
+            if jax.process_count() == 1:
+                save()
+            raise
+
     if store is not None:
         # On the devices, lanes that only fill them up may follow the others, along one axis.
         saved = jax.tree.map(
@@ -746,29 +758,30 @@ def run_epochs(
             lane = to_devices(Lane(found.tree.state, found.tree.best))
             rows = [jax.tree.map(lambda leaf, i=i: leaf[..., i], found.tree.history) for i in range(found.step)]
 
-    with noting_signals(terminate=store is not None) as noted:
+    with noting_signals(terminate=store is not None) as noted, contextlib.ExitStack() as at_the_end:
+        if store is not None:
+            # A SIGTERM that was noted ends the process where this block ends, by an error too.
+            at_the_end.callback(store.wait)
         while len(rows) < epochs and not (noted and rows):
-            after, outcome = epoch(lane)
-            _wait(outcome)
-            history, good_steps = to_host(outcome)
+            with saved_on_error():
+                after, outcome = epoch(lane)
+                _wait(outcome)
+                history, good_steps = to_host(outcome)
             stopped = np.isnan(history.running_loss)
             before = np.isnan(rows[-1].running_loss) if rows else np.zeros_like(stopped)
             if (stopped & ~before).any():
                 save()
                 _report_non_finite(stopped, before, good_steps, names, len(rows) + 1, steps, run() if rows else None)
-            try:
-                if on_epoch is not None:
-                    fetch_state = functools.partial(to_host, after.state)
-                    on_epoch(epoch_end(epoch=len(rows) + 1, epochs=epochs, history=history, fetch_state=fetch_state))
-            except KeyboardInterrupt:
-                if len(noted) > 1:
-                    raise
-                noted.append(signal.SIGINT)
-            except BaseException:
-                # Of several processes this one alone may have failed, and to fetch the lanes takes all.
-                if jax.process_count() == 1:
-                    save()
-                raise
+            if on_epoch is not None:
+                fetch_state = functools.partial(to_host, after.state)
+                end = epoch_end(epoch=len(rows) + 1, epochs=epochs, history=history, fetch_state=fetch_state)
+                try:
+                    with saved_on_error():
+                        on_epoch(end)
+                except KeyboardInterrupt:
+                    if len(noted) > 1:
+                        raise
+                    noted.append(signal.SIGINT)
             # After the report: a run that ends in between reports the epoch again, and leaves none out.
             lane, rows = after, [*rows, history]
             if store is not None and len(rows) % store.every == 0:

@@ -24,9 +24,10 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from benchmarks.kill_resume import half_written, kill_and_resume
-from fashion_jax import FashionMLP, TrainConfig, fit
+from fashion_jax import FashionMLP, TrainConfig, fit, train
 from fashion_jax.checkpoint import Checkpoints, DamagedError, Store, content_digest, restore
 from fashion_jax.evidence import summarise
+from fashion_jax.signals import noting_signals
 from fashion_jax.sweep import sweep
 from fashion_jax.train import NonFiniteLossError, init_state
 
@@ -319,6 +320,70 @@ def test_an_epoch_whose_report_failed_is_reported_again_and_none_before(small, t
     assert content_digest(resumed) == content_digest(fit(small, small, **options))
 
 
+def test_a_program_that_fails_leaves_the_epochs_before(small, tmp_path, monkeypatch):
+    """As on a device that is lost."""
+    taken, lanes = train.train_and_evaluate_epoch, []
+
+    def fail_in_the_fourth(lane, *data, **options):
+        lanes.append(lane)
+        if len(lanes) == 4:
+            raise jax.errors.JaxRuntimeError("INTERNAL: device lost")
+        return taken(lane, *data, **options)
+
+    options = {"key": KEY, "config": TrainConfig(hidden=(8,)), "epochs": 5}
+    saved = Checkpoints(tmp_path, every=10)
+    monkeypatch.setattr(train, "train_and_evaluate_epoch", fail_in_the_fourth)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="device lost"):
+        fit(small, small, **options, checkpoint=saved)
+    monkeypatch.undo()
+    ends = []
+    resumed = fit(small, small, **options, checkpoint=saved, on_epoch=ends.append)
+    assert [end.epoch for end in ends] == [4, 5]
+    assert content_digest(resumed) == content_digest(fit(small, small, **options))
+
+
+@pytest.mark.parametrize("error", ["ZeroDivisionError('mine')", "KeyboardInterrupt", "SystemExit(3)"])
+def test_a_sigterm_ends_the_process_whatever_ends_the_block(error):
+    code = f"""
+import signal, sys
+from fashion_jax.signals import noting_signals
+try:
+    with noting_signals(terminate=True), noting_signals(terminate=True):
+        signal.raise_signal(signal.SIGTERM)
+        raise {error}
+finally:
+    print("alive")
+"""
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert (result.returncode, result.stdout) == (-signal.SIGTERM, "")
+    assert result.stderr.startswith("an error ended the run after a SIGTERM, which ends the process now\nTraceback")
+    assert result.stderr.splitlines()[-1].startswith(error.partition("(")[0])
+
+
+def test_no_sigterm_no_log(caplog):
+    with pytest.raises(ZeroDivisionError), noting_signals(terminate=True):
+        raise ZeroDivisionError
+    assert not caplog.text
+
+
+@pytest.mark.usefixtures("compiled_apart")
+def test_a_sigterm_before_an_error_leaves_the_epochs_before(tmp_path):
+    """Whole, though they are saved in the background."""
+    code = """
+import signal
+def report(end):
+    if end.epoch == 2:
+        signal.raise_signal(signal.SIGTERM)
+        raise ZeroDivisionError("mine")
+fit(data, data, key=key, epochs=3, checkpoint=sys.argv[1], on_epoch=report)
+"""
+    result = run_code(code, tmp_path)
+    assert result.returncode == -signal.SIGTERM
+    assert "ZeroDivisionError: mine" in result.stderr
+    assert (tmp_path / "1" / "seal.json").exists()
+
+
 def test_two_runs_in_one_directory(small, tmp_path):
     with Store(Checkpoints(tmp_path), identity={}):
         with pytest.raises(BlockingIOError, match="another run is saving its checkpoints here"):
@@ -387,13 +452,13 @@ def test_an_optimiser_with_other_types_goes_on(small, tmp_path):
 @pytest.mark.parametrize("program", ["fit", "sweep"])
 def test_a_typed_key_is_refused_before_training(small, tmp_path, program):
     config = TrainConfig(hidden=(8,), optimiser=lambda rate: optax.noisy_sgd(rate, key=jax.random.key(3)))
-    train = {
+    run = {
         "fit": functools.partial(fit, key=KEY),
         "sweep": functools.partial(sweep, seeds=[0], dropout_rates=[0.0]),
     }[program]
     ends = []
     with pytest.raises(TypeError, match=r"opt_state.* is a typed key, and checkpoints hold plain arrays"):
-        train(small, small, config=config, epochs=1, checkpoint=tmp_path, on_epoch=ends.append)
+        run(small, small, config=config, epochs=1, checkpoint=tmp_path, on_epoch=ends.append)
     assert not ends
 
 
