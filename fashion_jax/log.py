@@ -29,11 +29,12 @@ _logger = logging.getLogger(__name__)
 class Progress:
     """Show each epoch: a bar on a terminal and in a notebook, one plain line an epoch elsewhere.
 
-    Give it to `fit` or `sweep` as `on_epoch`; one `Progress` may serve several runs, one after the other. Of several
-    seeds it shows the mean.
+    Give it to `fit`, `sweep` or `train_settings` as `on_epoch`; one `Progress` may serve several runs, one after the
+    other. Of several seeds it shows the mean.
 
     Args:
-        epochs: Epochs of all runs together, to tell the time left.
+        epochs: Epochs of all runs together, to tell the time left. A run that was complete already reports none, so
+            with such runs the time that is told is too long.
         file: Where to write; standard error by default.
 
     >>> import jax, numpy as np
@@ -49,6 +50,7 @@ class Progress:
         self._file = sys.stderr if file is None else file
         self._epochs = epochs
         self._done = self._skipped = self._last = 0
+        self._run: tuple[Any, ...] = ()
         self._start = time.monotonic()
         self._bar = tqdm(total=epochs, unit="epoch", file=file) if _in_notebook() or self._file.isatty() else None
 
@@ -62,8 +64,9 @@ class Progress:
     def __call__(self, end: EpochEnd) -> None:
         """Show one epoch."""
         # A run that goes on from a checkpoint begins with a later epoch.
-        skipped = end.epoch - 1 - (self._last if end.epoch > self._last else 0)
-        self._last = end.epoch
+        run = (end.config, end.train_size, end.dropout_rates, end.seeds, end.epochs)
+        skipped = end.epoch - 1 - (self._last if run == self._run and end.epoch > self._last else 0)
+        self._run, self._last = run, end.epoch
         self._skipped += skipped
         self._done += 1 + skipped
         validation = end.history.validation
@@ -73,7 +76,7 @@ class Progress:
             self._bar.set_postfix(dropout=rates, loss=loss, accuracy=accuracy)
             self._bar.update(1 + skipped)
             return
-        left = (time.monotonic() - self._start) / (self._done - self._skipped) * (self._epochs - self._done)
+        left = (time.monotonic() - self._start) / (self._done - self._skipped) * max(0, self._epochs - self._done)
         print(
             f"epoch {end.epoch}/{end.epochs}, dropout {rates}: training loss {_by_rate(end, end.history.train.loss)}, "
             f"validation loss {loss}, accuracy {accuracy} ({left:.0f} s left)",
@@ -90,7 +93,8 @@ class JsonLines:
     figures running_loss, train_loss, train_accuracy, validation_loss and validation_accuracy: losses in nats, each
     number exactly that of the History; null for a lane that has stopped.
 
-    Lines that agree in all but epoch and figures are of one network. A file keeps what it holds of other networks.
+    Lines that agree in all but epoch and figures are of one network. A file keeps what it holds of other networks. Of
+    sweeps that differ in their number of epochs alone, as settings may, each adds the epochs that are not there yet.
     Where a network is trained again, from the start or from a checkpoint, its lines from that epoch on give way to the
     new ones; so a run that was killed and goes on leaves each epoch once. A line is written at once and as a whole; the
     half line that a kill may leave is removed when the file is next opened.
@@ -121,8 +125,9 @@ class JsonLines:
     def __init__(self, path: str | os.PathLike[str], **entries: str | int | float | bool | None):
         self._path = Path(path)
         self._entries = _check_entries(entries)
-        # Epoch that each network of this object was logged last in.
+        # Epoch that each network of this object was logged last in, and that a run of each length reported it last in.
         self._last: dict[str, int] = {}
+        self._reported: dict[tuple[str, int | None], int] = {}
         self._file = _open_locked(self._path)
         try:
             self._remove_half_line()
@@ -150,8 +155,10 @@ class JsonLines:
         if self._file.closed:
             raise ValueError(f"{self._path}: this log is closed; use a new JsonLines")
         networks = self._networks(end)
+        # Seeds make networks the same at any length; the key of a `fit` is not told.
+        length = None if end.seeds is None else end.epochs
         for network in networks:
-            if self._last.get(_key(network), 0) >= end.epoch:
+            if self._reported.get((_key(network), length), 0) >= end.epoch:
                 raise ValueError(
                     f"{self._path}: epoch {end.epoch} of {_told(network)} was logged before. Give each run a JsonLines "
                     f"of its own, with entries that tell runs apart, such as JsonLines(path, run=1)"
@@ -161,10 +168,12 @@ class JsonLines:
         leaves = (end.history.running_loss, train.loss, train.accuracy, validation.loss, validation.accuracy)
         columns = [np.asarray(leaf).ravel().tolist() for leaf in leaves]
         for network, values in zip(networks, zip(*columns, strict=True), strict=True):
-            figures = (value if math.isfinite(value) else None for value in values)
-            line = {"epoch": end.epoch, **network, **dict(zip(FIGURES, figures, strict=True))}
-            self._write(json.dumps(line, allow_nan=False) + "\n")
-            self._last[_key(network)] = end.epoch
+            if self._last.get(_key(network), 0) < end.epoch:
+                figures = (value if math.isfinite(value) else None for value in values)
+                line = {"epoch": end.epoch, **network, **dict(zip(FIGURES, figures, strict=True))}
+                self._write(json.dumps(line, allow_nan=False) + "\n")
+                self._last[_key(network)] = end.epoch
+            self._reported[_key(network), length] = end.epoch
 
     def _networks(self, end: EpochEnd) -> list[dict[str, Any]]:
         """What sets each lane apart, in the order of the leaves."""

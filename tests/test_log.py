@@ -14,6 +14,7 @@ from pathlib import Path
 import jax
 import nbformat
 import numpy as np
+import optax
 import pytest
 from nbclient import NotebookClient
 
@@ -116,6 +117,54 @@ def test_a_search_tells_its_configs_apart(tiny, path):
         of_setting = [line for line in read(path) if line["config"] == config]
         assert [line["epoch"] for line in of_setting] == [1, 2]
         assert [line["running_loss"] for line in of_setting] == runs[name].history.running_loss[0].tolist()
+
+
+@pytest.mark.parametrize("lengths", [(1, 2), (2, 1)])
+def test_a_search_logs_networks_that_it_trains_twice_once(tiny, tmp_path, path, lengths):
+    """Settings that differ in their epochs alone; the search goes on after the shorter program was complete."""
+    settings = {name: Setting(CONFIG, 0.2, length) for name, length in zip("ab", lengths, strict=True)}
+
+    def stopping(end):
+        log(end)
+        if (end.epoch, end.epochs) == (1, 2):
+            raise KeyboardInterrupt
+
+    run = functools.partial(train_settings, tiny, tiny, settings=settings, seeds=[4, 5], checkpoint=tmp_path / "saved")
+    with JsonLines(path) as log, pytest.raises(KeyboardInterrupt):
+        run(on_epoch=stopping)
+    with JsonLines(path) as log:
+        runs = run(on_epoch=log)
+    longer = runs["ab"[lengths.index(2)]].history
+    for lane, seed in enumerate((4, 5)):
+        assert epochs(path, seed=seed) == [1, 2]
+        of_seed = [line["running_loss"] for line in read(path) if line["seed"] == seed]
+        assert of_seed == longer.running_loss[lane].tolist()
+
+
+def test_the_same_sweep_twice_is_refused_at_any_length(path):
+    with JsonLines(path) as log:
+        for length in (9, 2, 12):
+            for epoch in (1, 2):
+                log(end(epoch, lanes=1)._replace(epochs=length))
+            with pytest.raises(ValueError, match=r"epoch 2 of .* was logged before"):
+                log(end(2, lanes=1)._replace(epochs=length))
+        log(end(3, lanes=1)._replace(epochs=12))
+    assert epochs(path) == [1, 2, 3]
+
+
+def test_fits_of_other_lengths_may_have_other_keys(path):
+    with JsonLines(path) as log:
+        log(end(1))
+        with pytest.raises(ValueError, match=r"epoch 1 of .* was logged before"):
+            log(end(1)._replace(epochs=3))
+
+
+def test_a_partial_of_arrays_can_be_logged_and_saved(tiny, tmp_path, path):
+    config = dataclasses.replace(CONFIG, optimiser=functools.partial(optax.sgd, momentum=np.float32(0.5)))
+    with JsonLines(path) as log:
+        fit(tiny, tiny, key=jax.random.key(0), config=config, epochs=1, on_epoch=log, checkpoint=tmp_path / "saved")
+    (line,) = read(path)
+    assert line["config"]["optimiser"]["keywords"] == {"momentum": 0.5}
 
 
 def test_the_usual_config_is_not_told(path):

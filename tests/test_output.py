@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from fashion_jax import History, Metrics, TrainConfig, evidence, plot, report
+from fashion_jax import History, Metrics, TrainConfig, evidence, log, plot, report
 from fashion_jax.config import TrainConfig as Config
 from fashion_jax.files import write_atomically
 from fashion_jax.log import Progress
@@ -206,6 +206,26 @@ def test_progress_prints_plain_lines_without_a_terminal():
     assert len(lines) == 3
     assert lines[2].startswith("epoch 3/3, dropout 0.2: training loss 0.4000, validation loss 0.4500, accuracy 0.8500")
     assert "\r" not in stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("total", "reports", "left"),
+    [
+        # Each epoch takes a second.
+        (6, [(1, 3), (2, 3), (3, 3), (1, 3), (2, 3), (3, 3)], [5, 4, 3, 2, 1, 0]),
+        (10, [(1, 3), (2, 3), (3, 3), (6, 7), (7, 7)], [9, 8, 7, 1, 0]),
+        (1, [(1, 3), (2, 3), (3, 3)], [0, 0, 0]),
+        (4, [(3, 4), (4, 4)], [1, 0]),
+    ],
+)
+def test_progress_tells_the_time_left(monkeypatch, total, reports, left):
+    seconds = iter(range(100))
+    monkeypatch.setattr(log.time, "monotonic", lambda: next(seconds))
+    stream = io.StringIO()
+    with Progress(total, file=stream) as progress:
+        for report in reports:
+            progress(end(*report))
+    assert [line.rpartition("(")[2] for line in stream.getvalue().splitlines()] == [f"{of} s left)" for of in left]
 
 
 def test_progress_draws_a_bar_on_a_terminal():
