@@ -17,6 +17,7 @@ import importlib.metadata
 import json
 import logging
 import math
+import numbers
 import os
 import shutil
 import warnings
@@ -170,7 +171,7 @@ class Store:
     """A directory that one run saves to: locked, saved in the background, rotated by orbax.
 
     Args:
-        checkpoints: Which directory, and what is kept.
+        checkpoints: Which directory, and what is kept; or just the directory.
         identity: What the run is, as JSON values: a checkpoint of another run is refused. The number of steps is not
             part of it, so a run can be prolonged.
         circumstances: What it runs on, as JSON values; another device is reported, and accepted.
@@ -191,18 +192,19 @@ class Store:
 
     def __init__(
         self,
-        checkpoints: Checkpoints,
+        checkpoints: Checkpoints | str | os.PathLike[str],
         *,
         identity: Mapping[str, Any],
         circumstances: Mapping[str, Any] | None = None,
     ):
+        checkpoints = Checkpoints.of(checkpoints)
         for name in ("every", "keep"):
             value = getattr(checkpoints, name)
-            if not isinstance(value, int) or isinstance(value, bool):
+            if not isinstance(value, numbers.Integral) or isinstance(value, bool):
                 raise TypeError(f"checkpoint.{name} must be an int, got {value!r}")
             if value < 1:
                 raise ValueError(f"checkpoint.{name} must be at least 1, got {value}")
-        self.directory: Path = Path(Checkpoints.of(checkpoints).directory).absolute()
+        self.directory: Path = Path(checkpoints.directory).absolute()
         self.every: int = checkpoints.every
         self._keep = checkpoints.keep
         self._identity = json.loads(json.dumps(identity))
@@ -271,7 +273,10 @@ class Store:
 
         Raises:
             OSError: This checkpoint, or the one before, could not be written; what was complete stays.
+            ValueError: `step` is not higher than that of the last checkpoint.
         """
+        if self.saved is not None and step <= self.saved:
+            raise ValueError(f"step must be higher than that of the last checkpoint, {self.saved}, got {step}")
         if self._writes:
             import orbax.checkpoint as ocp
 
@@ -291,7 +296,8 @@ class Store:
             }
             with self._explained(step):
                 manager = self._open(ocp)
-                manager.save(step, args=ocp.args.StandardSave(numbered))
+                if not manager.save(step, args=ocp.args.StandardSave(numbered)):
+                    raise OSError("orbax saved nothing, as where the directory holds a later step")
             self._saving = step, self._background.submit(self._seal, step, seal)
         self.saved = step
 

@@ -650,7 +650,7 @@ def open_store(
         "devices": jax.device_count(),
         "jax_default_matmul_precision": jax.default_matmul_precision.value,
     }
-    return Store(Checkpoints.of(checkpoint), identity=identity, circumstances=layout | circumstances)
+    return Store(checkpoint, identity=identity, circumstances=layout | circumstances)
 
 
 def _place(tree):

@@ -426,6 +426,27 @@ def test_an_error_without_a_message_is_explained(tmp_path, monkeypatch):
             store.save(1, TREE, loss=0.5)
 
 
+def test_steps_go_up(tmp_path):
+    """orbax keeps nothing of a step that does not."""
+    with Store(tmp_path, identity={}) as store:
+        store.save(2, TREE, loss=0.5)
+        for step in (2, 1):
+            with pytest.raises(
+                ValueError, match=f"step must be higher than that of the last checkpoint, 2, got {step}"
+            ):
+                store.save(step, TREE, loss=0.5)
+    before = everything(tmp_path)
+    with (
+        pytest.raises(
+            OSError, match=r"cannot save step 1 .*: orbax saved nothing.*; the checkpoint of step 2 is intact"
+        ),
+        Store(tmp_path, identity={}) as store,
+    ):
+        store.save(1, TREE, loss=0.5)
+    assert everything(tmp_path) == before
+    assert restore(tmp_path, TREE).step == 2
+
+
 def test_a_file_system_without_locks_lets_everybody_in(tmp_path, monkeypatch):
     def refuse(*arguments):
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
