@@ -207,14 +207,14 @@ def check_batch(batch: Batch, name: str, *, classes: int | None = len(CLASS_NAME
         classes: Number of classes that labels may name; None allows any.
 
     Raises:
-        TypeError: The images are not uint8 or the labels not integers.
+        TypeError: It is no `Batch`, the images are not uint8 or the labels not integers.
         ValueError: Shapes do not fit, there is no example, or a label names no class.
 
     >>> check_batch(Batch(np.ones((1, 28, 28), np.uint8), np.array([10])), "train")
     Traceback (most recent call last):
     ValueError: train.labels must lie in 0..9, got 10..10
     """
-    if not (isinstance(batch, tuple) and len(batch) == 2 and all(hasattr(leaf, "dtype") for leaf in batch)):
+    if not (isinstance(batch, Batch) and all(hasattr(leaf, "dtype") for leaf in batch)):
         raise TypeError(f"{name} must be a Batch of two arrays, got {type(batch).__name__}")
     images, labels = batch
     check_pixels(images, f"{name}.images")

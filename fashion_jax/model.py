@@ -48,7 +48,8 @@ def check_rate(rate: Any, name: str = "dropout_rate") -> None:
         value = float(rate)
     except (TypeError, ValueError):
         raise TypeError(f"{name} must be one number in [0, 1), got {rate!r}") from None
-    if isinstance(rate, (bool, str)):
+    # What float() reads all the same.
+    if isinstance(rate, (bool, str, bytes, bytearray)) or getattr(rate, "dtype", None) == np.bool_:
         raise TypeError(f"{name} must be one number in [0, 1), got {rate!r}")
     # Programs take the rate as float32, in which 1 - 1e-9 is 1.
     if not 0 <= value < 1 or np.float32(value) == 1:
@@ -179,9 +180,12 @@ def build_model(config: TrainConfig, dropout_rate: float | Float[Array, ""] = 0.
     """
     if config.model is None:
         return FashionMLP(config.hidden, dropout_rate, config.input_dropout, config.dtype, config.classes)
+    expected = "config.model must give a flax.linen.Module when called with dropout_rate"
+    if isinstance(config.model, nn.Module):
+        raise TypeError(f"{expected}, as its class does; got the module itself, {config.model!r}")
     model = config.model(dropout_rate=dropout_rate)
     if not isinstance(model, nn.Module):
-        raise TypeError(f"config.model must give a flax.linen.Module when called with dropout_rate, got {model!r}")
+        raise TypeError(f"{expected}, got {model!r}")
     return model
 
 
@@ -241,6 +245,46 @@ def init_params(key: Key[Array, ""], config: TrainConfig) -> Params:
             f"the network must give log-probabilities [n, {config.classes}], got {['n', *output.shape[1:]]}"
         )
     return cast(Params, variables.get("params", {}))
+
+
+def check_log_probabilities(params: Params, config: TrainConfig) -> None:
+    """Refuse a network of one's own that gives no log-probabilities: logits would train without a word.
+
+    It applies the network to one image.
+
+    Args:
+        params: The model's parameters.
+        config: What the network is; that of `FashionMLP` is not looked at.
+
+    Raises:
+        ValueError: The probabilities do not sum to 1.
+
+    >>> class Logits(nn.Module):
+    ...     dropout_rate: Any
+    ...     @nn.compact
+    ...     def __call__(self, x, *, deterministic):
+    ...         return nn.Dense(10)(standardise(x).reshape(len(x), -1))
+    >>> config = TrainConfig(model=Logits)
+    >>> check_log_probabilities(init_params(jax.random.key(0), config), config)  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ValueError: config.model must give log-probabilities, ...; end it with jax.nn.log_softmax
+    """
+    if config.model is None:
+        return
+    total = float(_total_probability(params, config=config))
+    # bfloat16 is off by some hundredths.
+    if abs(total - 1) > 0.1:
+        raise ValueError(
+            f"config.model must give log-probabilities, got numbers whose exponentials sum to {total:.4g}, not to 1; "
+            "end it with jax.nn.log_softmax"
+        )
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _total_probability(params, *, config):
+    images = jnp.zeros((1, *config.image_shape), jnp.uint8)
+    log_probs = build_model(config).apply({"params": params}, images, deterministic=True)
+    return jnp.exp(cast(Array, log_probs).astype(jnp.float32)).sum()
 
 
 @functools.lru_cache

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float64, Key, UInt8
 from scipy.special import entr
 
-from fashion_jax.config import TrainConfig
+from fashion_jax.config import TrainConfig, check_count
 from fashion_jax.data import check_key, check_pixels
 from fashion_jax.model import Params, build_model, check_params, check_rate
 
@@ -120,10 +120,7 @@ def predict_mc(
     True
     """
     check_key(key)
-    if not isinstance(samples, int) or isinstance(samples, bool):
-        raise TypeError(f"samples must be an int, got {samples!r}")
-    if samples < 1:
-        raise ValueError(f"samples must be at least 1, got {samples}")
+    samples = check_count("samples", samples, 1)
     check_rate(dropout_rate)
     images = _check_images(images, config)
     check_params(params, config)

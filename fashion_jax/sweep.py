@@ -9,20 +9,22 @@ that differences between rates are paired.
 
 import functools
 import math
+import numbers
 import os
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from fashion_jax.checkpoint import Checkpoints
-from fashion_jax.config import TrainConfig
+from fashion_jax.config import TrainConfig, check_count
 from fashion_jax.data import Batch, subset
-from fashion_jax.model import check_rate, sizes
+from fashion_jax.model import check_log_probabilities, check_rate, sizes
 from fashion_jax.signals import noting_signals
 from fashion_jax.threefry import is_threefry
 from fashion_jax.train import (
@@ -128,8 +130,8 @@ def sweep(
 
     Raises:
         TypeError: An argument has the wrong type or dtype.
-        ValueError: An argument is out of range, has the wrong shape, or names something twice, or `checkpoint` belongs
-            to another sweep.
+        ValueError: An argument is out of range, has the wrong shape, or names something twice, `config.model` gives no
+            log-probabilities, or `checkpoint` belongs to another sweep.
         NonFiniteLossError: No lane is left with finite losses.
         MemoryError: A device has no room for so many lanes.
         OSError: The checkpoint directory cannot be written, or another run uses it.
@@ -139,27 +141,27 @@ def sweep(
     >>> run.history.validation.loss.shape, run.state.params["fc4"]["bias"].shape
     ((2, 3, 4), (2, 3, 10))
     """
-    seeds, dropout_rates = _listed(seeds, "seeds"), _listed(dropout_rates, "dropout_rates")
-    for seed in seeds:
-        if not isinstance(seed, (int, np.integer)) or isinstance(seed, bool):
-            raise TypeError(f"seeds must be ints, got {seed!r}")
-        if not 0 <= seed < 2**32:
-            raise ValueError(f"seeds must lie between 0 and 2**32 - 1, got {seed}")
+    seeds, dropout_rates = check_seeds(seeds), _listed(dropout_rates, "dropout_rates")
     for rate in dropout_rates:
         check_rate(rate, "dropout_rates")
     dropout_rates = [float(rate) for rate in dropout_rates]
+    # Rates that are alike as the program takes them would be one lane twice.
+    _check_distinct(np.array(dropout_rates, jnp.result_type(float)).tolist(), "dropout_rates")
+    epochs = check_count("epochs", epochs, 1)
+    check_run(train, validation, config=config, on_epoch=on_epoch)
     if train_sizes is not None:
-        train_sizes = _listed(train_sizes, "train_sizes")
-    # The program takes the rates as float32: those that are alike there would be one lane twice.
-    rounded = [float(np.float32(rate)) for rate in dropout_rates]
-    for name, values in (("seeds", seeds), ("dropout_rates", rounded), ("train_sizes", train_sizes)):
-        if values is not None and (not values or len(set(values)) < len(values)):
-            raise ValueError(f"{name} must name at least one, and none twice; got {values}")
-    check_run(train, validation, config=config, epochs=epochs, on_epoch=on_epoch)
-    if lanes_at_once is not None and (not isinstance(lanes_at_once, int) or isinstance(lanes_at_once, bool)):
-        raise TypeError(f"lanes_at_once must be an int, got {lanes_at_once!r}")
-    if devices is not None and not len(devices):
-        raise ValueError("devices must name at least one; leave it out for all")
+        train_sizes = [check_count("train_sizes", size, 1) for size in _listed(train_sizes, "train_sizes")]
+        _check_distinct(train_sizes, "train_sizes")
+        n = len(train.labels)
+        if max(train_sizes) > n:
+            raise ValueError(f"train_sizes must lie between 1 and the {n} examples that there are, got {train_sizes}")
+    if lanes_at_once is not None:
+        lanes_at_once = check_count("lanes_at_once", lanes_at_once, 1)
+    if devices is not None:
+        devices = _listed(devices, "devices", "devices")
+        if not all(isinstance(device, jax.Device) for device in devices):
+            raise TypeError(f"devices must be some of jax.devices(), got {devices}")
+        _check_distinct(devices, "devices")
     one_size = functools.partial(
         _sweep,
         validation=validation,
@@ -188,6 +190,30 @@ def sweep(
     if not runs:
         raise KeyboardInterrupt
     return jax.tree.map(lambda *leaves: np.stack(leaves), *runs)
+
+
+def check_seeds(seeds: Sequence[int]) -> list[int]:
+    """Refuse what cannot be the seeds of a sweep; give them as Python's own numbers.
+
+    Args:
+        seeds: What a caller gave.
+
+    Raises:
+        TypeError: It is no sequence of ints.
+        ValueError: One is out of range or named twice, or there is none.
+
+    >>> check_seeds(range(3))
+    [0, 1, 2]
+    """
+    listed = _listed(seeds, "seeds")
+    for seed in listed:
+        if not isinstance(seed, numbers.Integral) or isinstance(seed, bool):
+            raise TypeError(f"seeds must be ints, got {seed!r}")
+        if not 0 <= int(seed) < 2**32:
+            raise ValueError(f"seeds must lie between 0 and 2**32 - 1, got {seed}")
+    listed = list(map(int, listed))
+    _check_distinct(listed, "seeds")
+    return listed
 
 
 def lanes_that_fit(device: Any, config: TrainConfig) -> int:
@@ -243,8 +269,6 @@ def _sweep(
             f"lanes_at_once must be 1 where jax_default_prng_impl is {jax.random.key_impl(generator)}, whose draws "
             f"for several lanes at once are not those of each alone; got {lanes_at_once}"
         )
-    if lanes_at_once < 1:
-        raise ValueError(f"lanes_at_once must be at least 1, got {lanes_at_once}")
 
     lanes = len(seeds) * len(dropout_rates)
     on_each = -(-lanes // mesh.size) * (mesh.size if mesh.devices.flat[0].platform == "cpu" else 1)
@@ -255,7 +279,7 @@ def _sweep(
     axes = len(dropout_rates), len(seeds)
     keys = np.stack([np.asarray(jax.random.key_data(jax.random.key(seed))) for seed in seeds])
     keys = np.tile(keys, (len(dropout_rates), 1))
-    rates = np.repeat(np.array(dropout_rates, np.float32), len(seeds))
+    rates = np.repeat(np.array(dropout_rates, jnp.result_type(float)), len(seeds))
     filled = np.resize(np.arange(lanes), -(-lanes // mesh.size) * mesh.size)
     keys, rates = (_place(leaf[filled], mesh, P("lanes")) for leaf in (keys, rates))
     # A CPU device may use a NumPy array as it lies in memory, and the caller may change its own.
@@ -280,16 +304,20 @@ def _sweep(
 
     identity = {
         "program": "sweep",
-        "seeds": list(map(int, seeds)),
+        "seeds": seeds,
         "generator": str(jax.random.key_impl(generator)),
         "dropout_rates": dropout_rates,
     }
     layout = {"devices": mesh.size, "lanes_at_once": lanes_at_once}
     try:
+        start = _start(keys, config=config, mesh=mesh)
+        if config.model is not None:
+            first = jax.tree.map(lambda leaf: leaf.addressable_data(0)[0], start.state.params)
+            check_log_probabilities(first, config)
         with open_store(checkpoint, identity, config=config, train=train, validation=validation, **layout) as store:
             run = run_epochs(
                 epoch,
-                _start(keys, config=config, mesh=mesh),
+                start,
                 epochs=epochs,
                 steps=config.steps_per_epoch(len(train.labels)),
                 names=np.array([[f"dropout {rate:g}, seed {seed}" for seed in seeds] for rate in dropout_rates]),
@@ -299,7 +327,7 @@ def _sweep(
                     config=config,
                     train_size=len(train.labels),
                     dropout_rates=tuple(dropout_rates),
-                    seeds=tuple(map(int, seeds)),
+                    seeds=tuple(seeds),
                 ),
                 store=store,
                 to_host=to_host,
@@ -316,10 +344,15 @@ def _sweep(
         raise _too_many(lanes, mesh, lanes_at_once, config) from error
 
 
-def _listed(values, name: str) -> list:
+def _listed(values, name: str, of: str = "numbers") -> list:
     if isinstance(values, str) or not hasattr(values, "__iter__") or np.ndim(values) == 0:
-        raise TypeError(f"{name} must be a sequence of numbers, got {values!r}")
+        raise TypeError(f"{name} must be a sequence of {of}, got {values!r}")
     return list(values)
+
+
+def _check_distinct(values: list, name: str) -> None:
+    if not values or len(set(values)) < len(values):
+        raise ValueError(f"{name} must name at least one, and none twice; got {values}")
 
 
 def _place(array: np.ndarray, mesh: Mesh, spec: P) -> jax.Array:

@@ -20,13 +20,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int, Key
 
 from fashion_jax.augment import augment
 from fashion_jax.checkpoint import Checkpoints, Store, content_digest
-from fashion_jax.config import TrainConfig
+from fashion_jax.config import TrainConfig, check_count
 from fashion_jax.data import Batch, check_batch, check_key, subset
-from fashion_jax.model import Params, build_model, check_rate, draw_masks, init_params
+from fashion_jax.model import (
+    Params,
+    build_model,
+    check_log_probabilities,
+    check_params,
+    check_rate,
+    draw_masks,
+    init_params,
+)
 from fashion_jax.optimiser import build_optimiser
 from fashion_jax.signals import noting_signals
 
@@ -258,7 +267,7 @@ def train_step(
 
     Raises:
         TypeError: An argument has the wrong type or dtype.
-        ValueError: The rate is out of range, or a shape is wrong.
+        ValueError: The rate is out of range, a shape is wrong, or the parameters do not fit the config.
 
     >>> config = TrainConfig()
     >>> batch = Batch(jnp.zeros((4, 28, 28), jnp.uint8), jnp.arange(4))
@@ -273,6 +282,7 @@ def train_step(
 
 @functools.partial(jax.jit, static_argnames="config")
 def _train_step(state, batch, key, weights, dropout_rate, masks, *, config):
+    _check_state(state, config)
     _check_data(batch, "batch", config)
     if weights is None:
         weights = jnp.ones(len(batch.labels), jnp.result_type(float))
@@ -315,6 +325,7 @@ def eval_step(params: Params, batch: Batch, *, config: TrainConfig) -> Metrics:
     """
     _check_config(config)
     _check_data(batch, "batch", config)
+    check_params(params, config)
     return _eval_step(params, batch, config=config)
 
 
@@ -346,6 +357,7 @@ def evaluate(params: Params, batch: Batch, *, config: TrainConfig) -> Metrics:
     """
     _check_config(config)
     _check_data(batch, "batch", config)
+    check_params(params, config)
     return _evaluate(params, batch, config=config)
 
 
@@ -382,7 +394,8 @@ def train_epoch(
 
     Raises:
         TypeError: An argument has the wrong type or dtype.
-        ValueError: The rate is out of range, a shape is wrong, or there is no example.
+        ValueError: The rate is out of range, a shape is wrong, there is no example, the parameters do not fit the
+            config, or `state` is not one between two epochs.
 
     >>> config = TrainConfig(batch_size=2)
     >>> train = Batch(jnp.zeros((5, 28, 28), jnp.uint8), jnp.arange(5))
@@ -392,11 +405,16 @@ def train_epoch(
     (3, (3,))
     """
     _check_step(key, config, dropout_rate)
-    return _train_epoch(state, train, key, dropout_rate, config=config)
+    result = _train_epoch(state, train, key, dropout_rate, config=config)
+    # To read the step may wait for the epoch before; this one is on its way by now, and nobody waits for it in vain.
+    if not isinstance(state.step, Tracer):
+        _check_between_epochs("state", state, config.steps_per_epoch(len(train.labels)))
+    return result
 
 
 @functools.partial(jax.jit, static_argnames="config")
 def _train_epoch(state, train, key, dropout_rate, *, config):
+    _check_state(state, config)
     _check_data(train, "train", config)
     n = len(train.labels)
     steps = config.steps_per_epoch(n)
@@ -562,7 +580,8 @@ def fit(
 
     Raises:
         TypeError: An argument has the wrong type or dtype.
-        ValueError: An argument is out of range or has the wrong shape, or `checkpoint` belongs to another run.
+        ValueError: An argument is out of range or has the wrong shape, `config.model` gives no log-probabilities, or
+            `checkpoint` belongs to another run.
         NonFiniteLossError: A loss was infinite or not a number.
         OSError: The checkpoint directory cannot be written, or another run uses it.
 
@@ -574,7 +593,8 @@ def fit(
     check_key(key)
     check_rate(dropout_rate)
     dropout_rate = float(dropout_rate)
-    check_run(train, validation, config=config, epochs=epochs, on_epoch=on_epoch)
+    epochs = check_count("epochs", epochs, 1)
+    check_run(train, validation, config=config, on_epoch=on_epoch)
     train_eval = train_eval_part(train, config)
     steps = config.steps_per_epoch(len(train.labels))
     if start is not None:
@@ -591,7 +611,8 @@ def fit(
     def epoch(lane):
         return train_and_evaluate_epoch(lane, *on_device, key, config=config, dropout_rate=dropout_rate)
 
-    lane = start_lane(init_state(key, config=config) if start is None else jax.tree.map(jnp.asarray, start))
+    lane = start_lane(init_state(key, config=config) if start is None else _place(start))
+    check_log_probabilities(lane.state.params, config)
     with open_store(checkpoint, identity, config=config, train=train, validation=validation) as store:
         return run_epochs(
             epoch,
@@ -657,27 +678,25 @@ def _place(tree):
     return jax.tree.map(jnp.asarray, tree)
 
 
-def check_run(train: Batch, validation: Batch, *, config: TrainConfig, epochs: int, on_epoch: OnEpoch | None) -> None:
+def check_run(train: Batch, validation: Batch, *, config: TrainConfig, on_epoch: OnEpoch | None) -> None:
     """Refuse arguments that `fit` and `sweep` share and cannot use, before anything is compiled.
 
     Args:
         train: As `fit` takes it, and so on.
         validation: Likewise.
         config: Likewise.
-        epochs: Likewise.
         on_epoch: Likewise.
 
     Raises:
         TypeError: An argument has the wrong type or dtype.
-        ValueError: An argument is out of range or has the wrong shape.
+        ValueError: An argument has the wrong shape.
 
     >>> data = Batch(np.zeros((1, 14, 14), np.uint8), np.zeros(1, np.int32))
-    >>> check_run(data, data, config=TrainConfig(), epochs=1, on_epoch=None)
+    >>> check_run(data, data, config=TrainConfig(), on_epoch=None)
     Traceback (most recent call last):
     ValueError: train.images must have shape [n, 28, 28] for this config, got [1, 14, 14]
     """
     _check_config(config)
-    _check_epochs(epochs)
     if on_epoch is not None and not callable(on_epoch):
         raise TypeError(f"on_epoch must be callable, got {on_epoch!r}")
     _check_data(train, "train", config)
@@ -856,8 +875,8 @@ def _training_loss(config):
 
 def _totals(log_probs, labels, weights, loss_of=negative_log_likelihood) -> Metrics:
     loss = loss_of(log_probs, labels)
-    if loss.shape != labels.shape:
-        raise ValueError(f"config.loss must give one number an example, [{len(labels)}], got {list(loss.shape)}")
+    if jnp.shape(loss) != labels.shape:
+        raise ValueError(f"config.loss must give one number an example, [{len(labels)}], got {list(jnp.shape(loss))}")
     correct = log_probs.argmax(axis=1) == labels
     return Metrics((weights * loss).sum(), (weights * correct).sum())
 
@@ -890,11 +909,15 @@ def _check_config(config) -> None:
         raise TypeError(f"config must be a TrainConfig, got {config!r}")
 
 
-def _check_epochs(epochs) -> None:
-    if not isinstance(epochs, int) or isinstance(epochs, bool):
-        raise TypeError(f"epochs must be an int, got {epochs!r}")
-    if epochs < 1:
-        raise ValueError(f"epochs must be at least 1, got {epochs}")
+def _check_state(state, config: TrainConfig) -> None:
+    if not isinstance(state, TrainState):
+        raise TypeError(f"state must be a TrainState, as init_state gives it, got {type(state).__name__}")
+    check_params(state.params, config)
+
+
+def _check_between_epochs(name: str, state: TrainState, steps: int) -> None:
+    if int(state.step) % steps:
+        raise ValueError(f"{name}.step must be a multiple of the {steps} steps of an epoch, got {int(state.step)}")
 
 
 def _check_start(start: TrainState, config: TrainConfig, steps: int) -> None:
@@ -917,8 +940,11 @@ def _check_start(start: TrainState, config: TrainConfig, steps: int) -> None:
                 f"{name} must be {leaf.dtype}{list(leaf.shape)} for this config, "
                 f"got {jnp.result_type(found)}{list(jnp.shape(found))}"
             )
-    if int(start.step) % steps:
-        raise ValueError(f"start.step must be a multiple of the {steps} steps of an epoch, got {int(start.step)}")
+    if jax.tree.structure(start) != jax.tree.structure(expected):
+        raise ValueError(
+            "start does not fit the config: its containers must be those of init_state, such as plain dicts"
+        )
+    _check_between_epochs("start", start, steps)
 
 
 def _check_step(key, config, dropout_rate) -> None:

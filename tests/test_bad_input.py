@@ -33,8 +33,10 @@ from benchmarks import (
     throughput,
 )
 from fashion_jax import Batch, FashionMLP, History, Metrics, TrainConfig, data, evidence, fit, plot, report, train
+from fashion_jax.checkpoint import Checkpoints
 from fashion_jax.files import write_atomically
 from fashion_jax.model import check_rate, standardise
+from fashion_jax.predict import predict_mc
 from fashion_jax.sweep import sweep
 
 pytestmark = pytest.mark.usefixtures("unchecked")
@@ -104,6 +106,7 @@ BAD_BATCHES = {
     "empty": (lambda b: Batch(b.images[:0], b.labels[:0]), ValueError, "must hold at least one example, got none"),
     "no Batch": (lambda b: b.images, TypeError, "must be a Batch of two arrays"),
     "a list": (lambda b: [b.images, b.labels], TypeError, "must be a Batch of two arrays, got list"),
+    "a tuple": (tuple, TypeError, "must be a Batch of two arrays, got tuple"),
     "lists inside": (lambda b: Batch(b.images.tolist(), b.labels.tolist()), TypeError, "must be a Batch of two arrays"),
 }
 
@@ -214,10 +217,54 @@ def test_rates_out_of_range_are_refused(tiny, state, taker, rate):
 
 
 @pytest.mark.parametrize("taker", rate_takers(None, None))
-@pytest.mark.parametrize("rate", ["0.2", None, True, [0.1, 0.2]])
+@pytest.mark.parametrize("rate", ["0.2", b"0.2", None, True, np.False_, jnp.array(False), [0.1, 0.2]])
 def test_rates_of_a_wrong_type_are_refused(tiny, state, taker, rate):
     with pytest.raises(TypeError, match=r"dropout_rates? must be one number"):
         rate_takers(state, tiny)[taker](rate)
+
+
+# States and parameters
+
+
+def params_takers(state, batch):
+    step = {"config": CONFIG, "dropout_rate": 0.2}
+    return {
+        "evaluate": lambda params: train.evaluate(params, batch, config=CONFIG),
+        "eval_step": lambda params: train.eval_step(params, batch, config=CONFIG),
+        "train_step": lambda params: train.train_step(state._replace(params=params), batch, KEY, **step),
+        "train_epoch": lambda params: train.train_epoch(state._replace(params=params), batch, KEY, **step),
+    }
+
+
+BAD_PARAMS = {
+    "another network's": (lambda params: train.init_state(KEY).params, r"fc1\.bias must have shape \[8\], got \[256\]"),
+    "one layer more": (lambda params: {**params, "fc3": params["fc2"]}, r"fc3\.kernel is not part of the network"),
+    "one layer less": (lambda params: {"fc1": params["fc1"]}, r"fc2\.kernel is missing"),
+    "a whole state": (lambda params: train.init_state(KEY, config=CONFIG), r"fc1\.kernel is missing"),
+}
+
+
+@pytest.mark.parametrize("taker", params_takers(None, None))
+@pytest.mark.parametrize("mistake", BAD_PARAMS)
+def test_parameters_that_do_not_fit_are_refused(tiny, state, taker, mistake):
+    spoil, message = BAD_PARAMS[mistake]
+    with pytest.raises(ValueError, match=f"params do not fit the config: .*{message}"):
+        params_takers(state, tiny)[taker](spoil(state.params))
+
+
+def test_what_is_no_state_is_refused(tiny, state):
+    for take in (train.train_step, train.train_epoch):
+        with pytest.raises(TypeError, match="state must be a TrainState, as init_state gives it, got dict"):
+            take(state.params, tiny, KEY, config=CONFIG, dropout_rate=0.2)
+
+
+def test_an_epoch_does_not_start_within_one(tiny, state):
+    """It would take that epoch's order and masks again."""
+    step = {"config": TrainConfig(hidden=(8,), batch_size=20), "dropout_rate": 0.2}
+    with pytest.raises(ValueError, match=r"state\.step must be a multiple of the 3 steps of an epoch, got 2"):
+        train.train_epoch(state._replace(step=jnp.int32(2)), tiny, KEY, **step)
+    after, _ = jax.jit(lambda state: train.train_epoch(state, Batch(*map(jnp.array, tiny)), KEY, **step))(state)
+    assert train.train_epoch(after, tiny, KEY, **step)[0].step == 6
 
 
 # Runs
@@ -263,11 +310,16 @@ def test_fit_and_sweep_refuse_the_same_arguments(tiny, options, error, message):
         ({"dropout_rates": [0.2, 0.2 + 1e-12]}, ValueError, r"none twice"),
         ({"train_sizes": []}, ValueError, "train_sizes must name at least one"),
         ({"train_sizes": 10}, TypeError, "train_sizes must be a sequence"),
-        ({"train_sizes": [51]}, ValueError, "size must lie between 1 and the 50 examples that there are, got 51"),
-        ({"train_sizes": [1.5]}, TypeError, "size must be an int, got 1.5"),
+        ({"train_sizes": [51]}, ValueError, r"train_sizes must lie between 1 and the 50 examples .*, got \[51\]"),
+        ({"train_sizes": [0]}, ValueError, "train_sizes must be at least 1, got 0"),
+        ({"train_sizes": [10.0]}, TypeError, "train_sizes must be an int, got 10.0"),
         ({"lanes_at_once": 0}, ValueError, "lanes_at_once must be at least 1, got 0"),
         ({"lanes_at_once": 1.5}, TypeError, "lanes_at_once must be an int, got 1.5"),
         ({"devices": []}, ValueError, "devices must name at least one"),
+        ({"devices": jax.devices()[0]}, TypeError, "devices must be a sequence of devices, got"),
+        ({"devices": "cpu"}, TypeError, "devices must be a sequence of devices, got 'cpu'"),
+        ({"devices": [0]}, TypeError, r"devices must be some of jax\.devices\(\), got \[0\]"),
+        ({"devices": jax.devices() * 2}, ValueError, "devices must name at least one, and none twice"),
     ],
 )
 def test_sweep_refuses_bad_arguments(tiny, options, error, message):
@@ -306,7 +358,21 @@ def test_numbers_of_other_kinds_are_kept_as_python_s(tiny, tmp_path):
     assert config == TrainConfig(hidden=(8,), batch_size=16, learning_rate=0.003, max_norm=2.0)
     assert json.loads(json.dumps(config.as_dict())) == config.as_dict()
     assert [type(value) for value in (config.hidden[0], config.batch_size, config.max_norm)] == [int, int, float]
-    fit(tiny, tiny, key=KEY, config=config, dropout_rate=Fraction(1, 5), epochs=1, checkpoint=tmp_path)
+    checkpoint = Checkpoints(tmp_path / "fit", every=np.int64(2), keep=np.int8(1))
+    ends = []
+    options = {"epochs": np.int64(1), "on_epoch": ends.append}
+    fit(tiny, tiny, key=KEY, config=config, dropout_rate=Fraction(1, 5), **options, checkpoint=checkpoint)
+    lanes = {
+        "seeds": np.arange(1),
+        "dropout_rates": np.zeros(1),
+        "train_sizes": np.array([50]),
+        "lanes_at_once": np.int8(1),
+    }
+    sweep(tiny, tiny, **lanes, config=config, **options, checkpoint=tmp_path / "sweep")
+    assert [(type(end.epochs), type(end.train_size)) for end in ends] == [(int, int)] * 2
+    params = train.init_state(KEY, config=CONFIG).params
+    options = {"key": KEY, "dropout_rate": 0.2, "config": CONFIG}
+    assert_trees_equal(*(predict_mc(params, tiny.images, samples=n, **options) for n in (3, np.int8(3))))
 
 
 def test_a_label_of_eight_bits_that_names_no_class_gives_no_number():
@@ -380,10 +446,13 @@ rng = np.random.default_rng(0)
 batch = Batch(rng.integers(256, size=(50, 28, 28), dtype=np.uint8), rng.integers(10, size=50))
 rest, held_out = data.hold_out(batch, 0.2, key=jax.random.key(0))
 config = TrainConfig(hidden=(8,))
+close = sweep(rest, held_out, seeds=[0], dropout_rates=[0.2, 0.2 + 1e-12], epochs=1, config=config)
+assert len(close.history.running_loss) == 2
 one = fit(rest, held_out, key=jax.random.key(0), dropout_rate=0.2, epochs=2, config=config)
 many = sweep(rest, held_out, seeds=[0], dropout_rates=[0.2], epochs=2, config=config)
+assert {leaf.dtype for leaf in jax.tree.leaves(many.history)} == {np.dtype(np.float64)}
 assert one.state.params["fc1"]["kernel"].dtype == np.float64
-np.testing.assert_allclose(many.history.validation.loss[0, 0], one.history.validation.loss, rtol=1e-6)
+np.testing.assert_allclose(many.history.validation.loss[0, 0], one.history.validation.loss, rtol=1e-12)
 """
     environment = os.environ | {"JAX_ENABLE_X64": "1"}
     command = [sys.executable, "-W", "error", "-c", code]
@@ -715,7 +784,7 @@ def test_who_cannot_compile_for_gpus_is_told_what_to_install(monkeypatch, tmp_pa
         ("compare_overfit.py", ("--holdout", "nan"), "fraction must lie in (0, 1)"),
         ("compare_overfit.py", ("--processes", "2"), "coordinator, processes and process belong together"),
         ("dropout_sweep.py", ("--rates", "0", "1.5"), "dropout_rates must lie in [0, 1), got 1.5"),
-        ("dropout_sweep.py", ("--sizes", "60000"), "size must lie between 1 and the 50000 examples"),
+        ("dropout_sweep.py", ("--sizes", "60000"), "train_sizes must lie between 1 and the 50000 examples"),
         ("dropout_sweep.py", ("--seeds", "0"), "--seeds must be at least 1, got 0"),
         ("dropout_sweep.py", ("--data-dir", "/no/such"), "data_dir does not exist: /no/such"),
     ],

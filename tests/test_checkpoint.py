@@ -1,5 +1,6 @@
 """What is saved comes back as it was, or not at all."""
 
+import collections
 import errno
 import fcntl
 import functools
@@ -640,6 +641,11 @@ def test_what_is_no_directory_is_refused(small, directory, unchecked):
             lambda state: state._replace(params={"fc1": state.params["fc1"]}),
             ValueError,
             r"start does not fit the config: start\.params\['fc2'\]\['bias'\] is missing",
+        ),
+        (
+            lambda state: state._replace(params=collections.OrderedDict(state.params)),
+            ValueError,
+            "its containers must be those of init_state, such as plain dicts",
         ),
         (
             lambda state: state._replace(step=state.step + 1),

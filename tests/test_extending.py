@@ -2,6 +2,7 @@
 
 import functools
 import json
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -13,7 +14,7 @@ from sklearn.datasets import load_digits
 
 from fashion_jax import Batch, Dropout, TrainConfig, fit, hold_out, predict_mc
 from fashion_jax.interop import export, export_onnx, from_torch, load_exported, save_safetensors, to_torch
-from fashion_jax.model import standardise
+from fashion_jax.model import check_log_probabilities, standardise
 from fashion_jax.predict import predict, probabilities
 from fashion_jax.sweep import lanes_that_fit, sweep
 from fashion_jax.train import evaluate, evaluated_params, init_state, negative_log_likelihood, train_step
@@ -261,6 +262,7 @@ def focal_with(options, log_probs, labels):
     [
         (lambda dropout_rate: None, TypeError, r"config\.model must give a flax\.linen\.Module"),
         (lambda dropout_rate: nn.Sequential([nn.Dense(3)]), TypeError, "deterministic"),
+        (Convolutional(), TypeError, r"config\.model must give a flax\.linen\.Module .* got the module itself, Convol"),
     ],
 )
 def test_what_is_no_network_is_refused(model, error, message):
@@ -285,8 +287,36 @@ def test_networks_with_other_outputs_or_state_are_refused():
         init_state(KEY, config=TrainConfig(model=Normalised))
 
 
-def test_a_loss_that_is_one_number_is_refused(small):
-    config = TrainConfig(loss=lambda log_probs, labels: negative_log_likelihood(log_probs, labels).mean())
+class Logits(nn.Module):
+    dropout_rate: float | jax.Array = 0.0
+    end: Callable = staticmethod(lambda logits: logits)
+
+    @nn.compact
+    def __call__(self, x, *, deterministic):
+        return self.end(nn.Dense(10)(standardise(x).reshape(len(x), -1)))
+
+
+def test_logits_are_refused_before_training(small):
+    config = TrainConfig(model=Logits)
+    for train in (functools.partial(fit, key=KEY), functools.partial(sweep, seeds=[0], dropout_rates=[0.0])):
+        with pytest.raises(
+            ValueError, match=r"config\.model must give log-probabilities, .* end it with jax\.nn\.log_sof"
+        ):
+            train(small, small, config=config, epochs=1, on_epoch=pytest.fail)
+
+
+def test_log_probabilities_of_half_precision_are_taken():
+    config = TrainConfig(model=functools.partial(Logits, end=half_log_softmax))
+    check_log_probabilities(init_state(KEY, config=config).params, config)
+
+
+def half_log_softmax(logits):
+    return nn.log_softmax(8 * logits.astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize("loss", [lambda log_probs, labels: 0.5, mean_loss])
+def test_a_loss_that_is_one_number_is_refused(small, loss):
+    config = TrainConfig(loss=loss)
     with pytest.raises(ValueError, match=r"config\.loss must give one number an example, \[64\], got \[\]"):
         fit(small, small, key=KEY, config=config, epochs=1)
 

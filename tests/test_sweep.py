@@ -277,7 +277,7 @@ def test_too_many_lanes_say_how_many_fit(small, validation):
         ({"dropout_rates": []}, ValueError, "dropout_rates must name at least one"),
         ({"dropout_rates": [0.2, 0.2]}, ValueError, "none twice"),
         ({"dropout_rates": [0.2, 1.0]}, ValueError, r"dropout_rates must lie in \[0, 1\), got 1.0"),
-        ({"train_sizes": [0]}, ValueError, "size must lie between 1 and"),
+        ({"train_sizes": [0]}, ValueError, "train_sizes must be at least 1, got 0"),
         ({"train_sizes": [10, 10]}, ValueError, "none twice"),
         ({"epochs": 0}, ValueError, "epochs must be at least 1"),
         ({"lanes_at_once": 0}, ValueError, "lanes_at_once must be at least 1"),
