@@ -94,7 +94,8 @@ def main(flags: Flags) -> int:
             checkpoint=flags.checkpoint,
         )
     tried = {name: run.history.validation for name, run in runs.items()}
-    chosen = max(tried, key=lambda name: tried[name].accuracy[0, -1])
+    # A recipe that stopped has NaN, and is not it.
+    chosen = max(tried, key=lambda name: np.nan_to_num(tried[name].accuracy[0, -1], nan=-1))
     searched = time.monotonic() - start
 
     final = setting(chosen, flags.epochs, len(train.labels))
@@ -109,6 +110,8 @@ def main(flags: Flags) -> int:
             on_epoch=progress,
             checkpoint=flags.checkpoint,
         )[chosen]
+    if np.isnan(run.history.running_loss).any():
+        raise FloatingPointError(f"{chosen}: the chosen recipe stopped with a seed, as was warned of")
     trained = time.monotonic() - start - searched
 
     of_seeds = []

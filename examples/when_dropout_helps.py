@@ -103,6 +103,11 @@ def stopped(settings: dict[str, Setting], runs: dict[tuple[str, str], Run]) -> d
     return found
 
 
+def highest(accuracies: dict[str, float]) -> str:
+    """Name the setting with the highest accuracy; one that stopped with a seed has NaN, and is not it."""
+    return max(accuracies, key=lambda name: np.nan_to_num(accuracies[name], nan=-1))
+
+
 def main(flags: Flags) -> int:
     if flags.seeds < 1:
         raise ValueError(f"--seeds must be at least 1, got {flags.seeds}")
@@ -143,7 +148,7 @@ def main(flags: Flags) -> int:
         tried[title] = {rival: {name: accuracies[rival, name] for name in rivals[rival]} for rival in rivals}
         ends = stopped(rivals["nothing"], runs)
         tried[title] |= {rival: {name: accuracy for name, (accuracy, _) in of.items()} for rival, of in ends.items()}
-        chosen[title] = {rival: max(of, key=of.__getitem__) for rival, of in tried[title].items()}
+        chosen[title] = {rival: highest(of) for rival, of in tried[title].items()}
         final = {rival: rivals[rival][chosen[title][rival]] for rival in rivals}
         for rival, of in ends.items():
             name = chosen[title][rival]
@@ -156,6 +161,8 @@ def main(flags: Flags) -> int:
             runs = search.train_settings(
                 part, validation, settings=final, seeds=seeds, on_epoch=progress, checkpoint=flags.checkpoint
             )
+        if any(np.isnan(run.history.running_loss).any() for run in runs.values()):
+            raise FloatingPointError(f"{title}: a setting that was chosen stopped with a seed, as was warned of")
 
         scores[title] = {}
         for rival in ("nothing", *ends, *(rival for rival in rivals if rival != "nothing")):

@@ -6,6 +6,7 @@ Which setting is best is then a question to the Histories, asked of examples hel
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,11 +14,12 @@ import jax
 import numpy as np
 
 from fashion_jax.checkpoint import Checkpoints
-from fashion_jax.config import TrainConfig
+from fashion_jax.config import TrainConfig, check_count
 from fashion_jax.data import Batch
+from fashion_jax.model import check_rate
 from fashion_jax.signals import noting_signals
-from fashion_jax.sweep import sweep
-from fashion_jax.train import OnEpoch, Run
+from fashion_jax.sweep import check_seeds, sweep
+from fashion_jax.train import History, Metrics, NonFiniteLossError, OnEpoch, Run, init_state, start_lane
 
 
 class Setting(NamedTuple):
@@ -54,12 +56,17 @@ def train_settings(
         checkpoint: A directory to save to and to go on from; each program has a directory of its own inside.
 
     Returns:
-        For each name a Run of NumPy arrays, whose leaves have a leading axis [seeds].
+        For each name a Run of NumPy arrays, whose leaves have a leading axis [seeds]. A network whose loss is not
+        finite stays where it was, and its History is NaN from then on; a warning names the setting, and the others go
+        on. So look for NaN before you choose: NumPy takes it for the least and for the highest.
 
     Raises:
         KeyboardInterrupt: Ctrl-C was pressed, in the last epoch too; what was trained is in the checkpoint directory.
         TypeError: An argument has the wrong type or dtype.
-        ValueError: An argument is out of range, there is no setting, or a checkpoint could not tell settings apart.
+        ValueError: An argument is out of range, there is no setting, a checkpoint could not tell settings apart, or it
+            belongs to another search.
+        MemoryError: A device has no room for so many lanes.
+        OSError: The checkpoint directory cannot be written, or another run uses it.
 
     >>> data = Batch(np.zeros((100, 28, 28), np.uint8), np.arange(100, dtype=np.int32) % 10)
     >>> small, wide = TrainConfig(hidden=(8,)), TrainConfig(hidden=(16,))
@@ -68,31 +75,32 @@ def train_settings(
     >>> {name: run.history.running_loss.shape for name, run in runs.items()}
     {'small': (3, 1), 'dropped': (3, 1), 'wide': (3, 2)}
     """
-    if not settings:
-        raise ValueError("settings must hold at least one Setting, got none")
-    for name, setting in settings.items():
-        if not isinstance(setting, Setting):
-            raise TypeError(f"settings[{name!r}] must be a Setting, got {setting!r}")
-    places = dict.fromkeys(programs(settings)) if checkpoint is None else _places(settings, seeds, checkpoint)
+    settings, seeds = _checked(settings), check_seeds(seeds)
+    needed = programs(settings)
+    places = dict.fromkeys(needed) if checkpoint is None else _places(needed, seeds, checkpoint)
     runs: dict[Any, Run] = {}
     with noting_signals(terminate=checkpoint is not None) as noted:
-        for (config, epochs), rates in programs(settings).items():
-            run = sweep(
-                train,
-                validation,
-                seeds=seeds,
-                dropout_rates=rates,
-                config=config,
-                epochs=epochs,
-                on_epoch=on_epoch,
-                checkpoint=places[config, epochs],
-            )
+        for (config, epochs), rates in needed.items():
+            try:
+                run = sweep(
+                    train,
+                    validation,
+                    seeds=seeds,
+                    dropout_rates=rates,
+                    config=config,
+                    epochs=epochs,
+                    on_epoch=on_epoch,
+                    checkpoint=places[config, epochs],
+                )
+            except NonFiniteLossError as error:
+                run = _stopped(error.run, config, rates, seeds, epochs)
             if noted:
                 break
             for name, setting in settings.items():
                 if (setting.config, setting.epochs) == (config, epochs):
                     lane = rates.index(setting.dropout_rate)
                     runs[name] = jax.tree.map(lambda leaf, lane=lane: np.asarray(leaf[lane]), run)
+                    _warn_of_stopped(name, runs[name].history)
     # In the very last epoch, too: nothing else tells a script not to start its next search.
     if noted:
         raise KeyboardInterrupt
@@ -100,7 +108,9 @@ def train_settings(
 
 
 def programs(settings: Mapping[Any, Setting]) -> dict[tuple[TrainConfig, int], list[float]]:
-    """Tell which programs the settings need: config and epochs of each, and its dropout rates.
+    """Tell which programs the settings need: config and epochs of each, and its dropout rates, the lowest first.
+
+    Programs with fewer epochs come first: a log that goes on then holds no later epochs, which would give way.
 
     Args:
         settings: Name of each setting, and the setting.
@@ -110,18 +120,59 @@ def programs(settings: Mapping[Any, Setting]) -> dict[tuple[TrainConfig, int], l
     [[0.0, 0.2]]
     """
     found: dict[tuple[TrainConfig, int], list[float]] = {}
-    for setting in settings.values():
+    for setting in sorted(settings.values(), key=lambda setting: (setting.epochs, setting.dropout_rate)):
         rates = found.setdefault((setting.config, setting.epochs), [])
         if setting.dropout_rate not in rates:
             rates.append(setting.dropout_rate)
     return found
 
 
-def _places(settings, seeds, checkpoint) -> dict[tuple[TrainConfig, int], Checkpoints]:
+def _checked(settings) -> dict[Any, Setting]:
+    """Refuse what are no settings; give them with Python's own numbers."""
+    if not isinstance(settings, Mapping):
+        raise TypeError(f"settings must map names to Settings, got {type(settings).__name__}")
+    if not settings:
+        raise ValueError("settings must hold at least one Setting, got none")
+    checked = {}
+    for name, setting in settings.items():
+        told = f"settings[{name!r}]"
+        if not isinstance(setting, Setting):
+            raise TypeError(f"{told} must be a Setting, got {setting!r}")
+        if not isinstance(setting.config, TrainConfig):
+            raise TypeError(f"{told}.config must be a TrainConfig, got {setting.config!r}")
+        check_rate(setting.dropout_rate, f"{told}.dropout_rate")
+        epochs = check_count(f"{told}.epochs", setting.epochs, 1)
+        checked[name] = Setting(setting.config, float(setting.dropout_rate), epochs)
+    return checked
+
+
+def _stopped(before: Run | None, config, rates, seeds, epochs) -> Run:
+    """Give the Run of a program all of whose lanes have stopped, from the one until the epoch before."""
+    if before is None:
+        starts = [start_lane(init_state(jax.random.key(seed), config=config)) for seed in seeds]
+        lane = jax.tree.map(lambda *leaves: np.stack([np.stack(leaves)] * len(rates)), *starts)
+        none = np.zeros((len(rates), len(seeds), 0), lane.best.loss.dtype)
+        before = Run(lane.state, History(none, Metrics(none, none), Metrics(none, none)), lane.best)
+    lacking = [(0, 0), (0, 0), (0, epochs - before.history.running_loss.shape[-1])]
+    history = jax.tree.map(lambda leaf: np.pad(leaf, lacking, constant_values=np.nan), before.history)
+    return before._replace(history=history)
+
+
+def _warn_of_stopped(name, history: History) -> None:
+    lost = np.isnan(history.running_loss)
+    if lost.any():
+        warnings.warn(
+            f"settings[{name!r}]: the loss of {lost.any(axis=1).sum()} of {len(lost)} seeds is not finite, from epoch "
+            f"{lost.any(axis=0).argmax() + 1} on or later; they stay there, and their History is NaN from then on",
+            stacklevel=3,
+        )
+
+
+def _places(needed, seeds, checkpoint) -> dict[tuple[TrainConfig, int], Checkpoints]:
     """Name a directory for each program, by what it trains."""
     places = {}
-    for (config, epochs), rates in programs(settings).items():
-        about = json.dumps([config.as_dict(), epochs, list(map(float, rates)), list(map(int, seeds))])
+    for (config, epochs), rates in needed.items():
+        about = json.dumps([config.as_dict(), epochs, rates, seeds])
         places[config, epochs] = Checkpoints.of(checkpoint).within(hashlib.sha256(about.encode()).hexdigest()[:16])
     if len(set(places.values())) < len(places):
         raise ValueError(

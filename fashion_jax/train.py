@@ -39,6 +39,8 @@ from fashion_jax.model import (
 from fashion_jax.optimiser import build_optimiser
 from fashion_jax.signals import noting_signals
 
+# Lanes that an error names one by one.
+FEW_LANES = 4
 logger: logging.Logger = logging.getLogger(__name__)
 
 
@@ -131,7 +133,8 @@ class NonFiniteLossError(FloatingPointError):
 
     Attributes:
         epoch: The epoch in which it did, from 1.
-        step: The step in that epoch, from 1; None if only the evaluation after the epoch was not finite.
+        step: The step in that epoch, from 1; None if only the evaluation after the epoch was not finite. Of several
+            lanes, the first one's that stopped in that epoch.
         run: The Run until the epoch before, or None if there was none.
     """
 
@@ -820,17 +823,17 @@ def run_epochs(
 
 def _report_non_finite(stopped, before, good_steps, names, epoch, steps, run) -> None:
     """Warn of each lane that has just stopped; raise if none is left."""
-    last = ""
-    step = None
-    for index in np.argwhere(stopped & ~before):
-        good = int(good_steps[tuple(index)])
-        step = good + 1 if good < steps else None
-        where = f"step {step} of epoch {epoch}" if step else f"the evaluation after epoch {epoch}"
-        last = f"{names[tuple(index)]}: the loss is not finite in {where}, after {epoch - 1} good epochs"
-        if not stopped.all():
-            warnings.warn(f"{last}; this lane stays there, and its History is NaN from then on", stacklevel=2)
+    at = [int(good) + 1 if good < steps else None for good in good_steps[stopped & ~before]]
+    lanes = [
+        f"{name}: the loss is not finite in {f'step {step} of' if step else 'the evaluation after'} epoch {epoch}"
+        for name, step in zip(names[stopped & ~before], at, strict=True)
+    ]
+    good = f"after {epoch - 1} good epochs"
     if stopped.all():
-        raise NonFiniteLossError(f"{last}; a lower learning_rate may help", epoch=epoch, step=step, run=run)
+        told = "; ".join(lanes) if len(lanes) <= FEW_LANES else f"all {len(lanes)} lanes that were left; {lanes[0]}"
+        raise NonFiniteLossError(f"{told}, {good}; a lower learning_rate may help", epoch=epoch, step=at[0], run=run)
+    for lane in lanes:
+        warnings.warn(f"{lane}, {good}; this lane stays there, and its History is NaN from then on", stacklevel=2)
 
 
 def train_eval_part(train: Batch, config: TrainConfig) -> Batch:

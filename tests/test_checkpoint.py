@@ -737,10 +737,20 @@ def test_a_lane_that_is_not_finite_stops_and_the_others_go_on(small):
         np.testing.assert_array_equal(leaf[0], expected[0])
         assert np.isnan(leaf[1]).all()
     assert run.state.step.tolist() == [[48, 48], [0, 0]]
-    with pytest.raises(NonFiniteLossError, match="dropout 0, seed 1: the loss is not finite"):
+    both = "; ".join(rf"dropout 0, seed {i}: the loss is not finite in the evaluation after epoch 1" for i in (0, 1))
+    with pytest.raises(NonFiniteLossError, match=f"^{both}, after 0 good epochs; a lower"):
         sweep(small, small, dropout_rates=[0.0], **options)
     with pytest.raises(ValueError, match=r"losses that are not finite, in runs \[\[1, 0\], \[1, 1\]\]; leave them out"):
         summarise(run.history)
+
+
+def test_many_lanes_that_stop_at_once_are_counted(small):
+    few = jax.tree.map(lambda leaf: leaf[:64], small)
+    config = TrainConfig(hidden=(8,), learning_rate=1e30)
+    with pytest.raises(
+        NonFiniteLossError, match=r"^all 6 lanes that were left; dropout 0, seed 0: the loss is not finite"
+    ):
+        sweep(few, few, seeds=range(6), dropout_rates=[0.0], config=config, epochs=1)
 
 
 def test_what_ran_before_does_not_matter(small):

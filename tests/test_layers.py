@@ -27,7 +27,7 @@ ALLOWED = {
     "predict": {"config", "data", "model"},
     "report": {"config", "evidence", "train"},
     "script": set(),
-    "search": {"checkpoint", "config", "data", "signals", "sweep", "train"},
+    "search": {"checkpoint", "config", "data", "model", "signals", "sweep", "train"},
     "signals": set(),
     "sweep": {"checkpoint", "config", "data", "model", "signals", "threefry", "train"},
     "threefry": set(),

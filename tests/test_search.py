@@ -1,18 +1,25 @@
+import importlib
 import json
 import re
 import signal
 import subprocess
 import sys
+import warnings
+from dataclasses import replace
 
 import jax
 import numpy as np
+import optax
 import pytest
 
-from fashion_jax import FashionMLP, TrainConfig, calibration, evidence, fit, plot
+from fashion_jax import Batch, FashionMLP, History, Metrics, Run, TrainConfig, calibration, evidence, fit, plot
+from fashion_jax.checkpoint import content_digest
 from fashion_jax.interop import load_safetensors
 from fashion_jax.predict import predict
 from fashion_jax.search import Setting, train_settings
+from fashion_jax.train import init_state
 
+TINY = TrainConfig(hidden=(8,))
 SMALL, WIDE = TrainConfig(hidden=(16,)), TrainConfig(hidden=(32,), weight_decay=0.1)
 SETTINGS = {
     "none": Setting(SMALL, 0.0, 2),
@@ -20,6 +27,16 @@ SETTINGS = {
     "half": Setting(SMALL, 0.5, 2),
     "longer": Setting(SMALL, 0.0, 3),
 }
+
+
+def assert_trees_equal(first, second):
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
+@pytest.fixture(scope="module")
+def few(small) -> Batch:
+    """One batch."""
+    return Batch(*(leaf[:64] for leaf in small))
 
 
 def run_example(name, *flags):
@@ -113,18 +130,85 @@ def test_functions_of_one_name_do_not_share_a_checkpoint(small, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_the_order_of_settings_does_not_matter(few, tmp_path):
+    settings = {"half": Setting(TINY, 0.5, 1), "none": Setting(TINY, np.float32(0), np.int64(1))}
+    runs = train_settings(few, few, settings=settings, seeds=range(2), checkpoint=tmp_path)
+    ends = []
+    turned = dict(reversed(settings.items()))
+    again = train_settings(few, few, settings=turned, seeds=[0, 1], checkpoint=tmp_path, on_epoch=ends.append)
+    assert not ends
+    assert list(again) == ["none", "half"]
+    assert_trees_equal(again, {name: runs[name] for name in again})
+
+
+def spoiled_by_the_second_step(learning_rate):
+    return optax.sgd(optax.piecewise_constant_schedule(learning_rate, {1: float("inf")}))
+
+
+def test_a_setting_that_stops_is_named_and_the_others_are_trained(few, tmp_path):
+    """With a checkpoint too, and when it goes on from there."""
+    bad, later = replace(TINY, learning_rate=1e30), replace(TINY, optimiser=spoiled_by_the_second_step)
+    good = {"good": Setting(TINY, 0.2, 3)}
+    settings = {"bad": Setting(bad, 0.0, 3), **good, "later": Setting(later, 0.0, 3), "too": Setting(later, 0.5, 3)}
+    found = []
+    for checkpoint in (None, tmp_path, tmp_path):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            found.append(train_settings(few, few, settings=settings, seeds=[3, 4], checkpoint=checkpoint))
+        assert [str(warning.message).partition(" on or ")[0] for warning in caught] == [
+            f"settings['{name}']: the loss of 2 of 2 seeds is not finite, from epoch {epoch}"
+            for name, epoch in (("bad", 1), ("later", 2), ("too", 2))
+        ]
+    runs = found[0]
+    assert all(content_digest(other) == content_digest(runs) for other in found)
+    assert list(runs) == list(settings)
+    assert_trees_equal(runs["good"], train_settings(few, few, settings=good, seeds=[3, 4])["good"])
+    for name, epochs in (("bad", 0), ("later", 1), ("too", 1)):
+        run = runs[name]
+        for leaf in jax.tree.leaves(run.history):
+            assert leaf.dtype == np.float32
+            np.testing.assert_array_equal(np.isfinite(leaf), [[epoch < epochs for epoch in range(3)]] * 2)
+        assert run.state.step.tolist() == [epochs] * 2
+        np.testing.assert_array_equal(run.best.loss, run.history.validation.loss[:, 0] if epochs else [np.inf] * 2)
+    for lane, seed in enumerate((3, 4)):
+        start = init_state(jax.random.key(seed), config=bad)
+        assert_trees_equal(jax.tree.map(lambda leaf, at=lane: leaf[at], runs["bad"].state), start)
+        assert_trees_equal(jax.tree.map(lambda leaf, at=lane: leaf[at], runs["bad"].best.params), start.params)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
         ({}, ValueError, "settings must hold at least one Setting, got none"),
+        ([Setting(SMALL)], TypeError, "settings must map names to Settings, got list"),
         ({"a": SMALL}, TypeError, r"settings\['a'\] must be a Setting, got TrainConfig"),
-        ({"a": Setting(SMALL, 1.0)}, ValueError, r"dropout_rates must lie in \[0, 1\), got 1\.0"),
-        ({"a": Setting(SMALL, 0.0, 0)}, ValueError, "epochs must be at least 1, got 0"),
+        (
+            {"a": Setting({"hidden": 1})},
+            TypeError,
+            r"settings\['a'\]\.config must be a TrainConfig, got \{'hidden': 1\}",
+        ),
+        ({"a": Setting(None)}, TypeError, r"settings\['a'\]\.config must be a TrainConfig, got None"),
+        ({"a": Setting(SMALL, "x")}, TypeError, r"settings\['a'\]\.dropout_rate must be one number"),
+        ({"a": Setting(SMALL, 1.0)}, ValueError, r"settings\['a'\]\.dropout_rate must lie in \[0, 1\), got 1\.0"),
+        ({"a": Setting(SMALL, 0.0, 0)}, ValueError, r"settings\['a'\]\.epochs must be at least 1, got 0"),
+        ({"a": Setting(SMALL, 0.0, 1.0)}, TypeError, r"settings\['a'\]\.epochs must be an int, got 1\.0"),
     ],
 )
-def test_bad_settings_are_refused(small, settings, error, message, unchecked):
+def test_bad_settings_are_refused(small, tmp_path, settings, error, message, checkpointed, unchecked):
+    checkpoint = tmp_path if checkpointed else None
+    # After another one, which must not be trained in vain.
+    settings = {"fine": Setting(SMALL, 0.0, 2)} | settings if isinstance(settings, dict) and settings else settings
     with pytest.raises(error, match=message):
-        train_settings(small, small, settings=settings, seeds=[0])
+        train_settings(small, small, settings=settings, seeds=[0], checkpoint=checkpoint, on_epoch=pytest.fail)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("seeds", [1, "01", [0.5]])
+def test_bad_seeds_are_refused(small, tmp_path, seeds, checkpointed, unchecked):
+    checkpoint = tmp_path if checkpointed else None
+    with pytest.raises(TypeError, match="seeds must be"):
+        train_settings(small, small, settings=SETTINGS, seeds=seeds, checkpoint=checkpoint)
 
 
 def test_comparisons_are_paired_by_seed():
@@ -198,6 +282,18 @@ def test_the_rivals_example_chooses_on_a_hold_out_and_tests_once(tmp_path):
         tried = results["tried"]["100 images"]
         assert all(tried[rival][name] >= 0.9 * accuracy for name, accuracy in tried["nothing"].items())
     assert (tmp_path / "rivals.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_rivals_example_chooses_no_setting_that_stopped(monkeypatch):
+    monkeypatch.syspath_prepend("examples")
+    example = importlib.import_module("when_dropout_helps")
+    nan = float("nan")
+    assert example.highest({"stopped": nan, "worse": 0.1, "best": 0.9, "stopped too": nan}) == "best"
+    curve = np.array([[0.1, 0.2, nan], [0.1, 0.2, 0.3]])
+    history = History(curve, Metrics(curve, curve), Metrics(curve, curve))
+    runs = {("nothing", "stopped"): Run(None, history, None)}
+    found = example.stopped({"stopped": Setting(SMALL, 0.0, 3)}, runs)
+    assert all(np.isnan(of["stopped"][0]) for of in found.values())
 
 
 @pytest.mark.parametrize(
