@@ -215,8 +215,7 @@ class JsonLines:
             _logger.warning("%s lacks lines of the epochs from %d to %d of %s", self._path, first, epoch - 1, told)
         content = b"".join(kept)
         if len(content) < size:
-            # Where a link leads, and not in place of the link.
-            write_atomically(self._path.resolve(), content)
+            write_atomically(self._path, content)
             self.close()
             self._file = _open_locked(self._path)
 
