@@ -65,6 +65,17 @@ def test_entropy_and_detection_against_their_definitions():
     assert calibration.detection(known, foreign) == pytest.approx(larger)
 
 
+def test_a_confidence_on_an_edge_is_in_the_lower_bin():
+    curve = calibration.reliability(np.array([[0.8, 0.2], [0.8, 0.2]]), np.array([0, 1]), bins=5)
+    assert curve.share.tolist() == [0, 0, 0, 1, 0]
+    np.testing.assert_allclose(curve.accuracy, [np.nan, np.nan, np.nan, 0.5, np.nan])
+
+
+def test_a_class_that_nothing_was_called_has_precision_0():
+    scores = calibration.score(np.array([[0.9, 0.1], [0.8, 0.2]]), np.array([0, 1]))
+    assert (scores.precision.tolist(), scores.recall.tolist()) == ([0.5, 0.0], [1.0, 0.0])
+
+
 @pytest.mark.parametrize(
     ("probabilities", "labels", "message"),
     [

@@ -172,6 +172,9 @@ def test_other_data_and_other_programs_are_refused(small, splits, tmp_path):
     labels[17] = (labels[17] + 1) % 10
     with pytest.raises(ValueError, match=r"data\.train is '?\w{64}'? there and '?\w{64}'? here"):
         fit(small._replace(labels=labels), small, key=KEY, epochs=1, checkpoint=tmp_path)
+    other = splits.test._replace(images=splits.test.images[:500], labels=splits.test.labels[:500])
+    with pytest.raises(ValueError, match=r"data\.validation is '?\w{64}'? there and '?\w{64}'? here"):
+        fit(small, other, key=KEY, epochs=1, checkpoint=tmp_path)
     with pytest.raises(ValueError, match="program is fit there and sweep here"):
         sweep(small, small, seeds=[1], dropout_rates=[0.0], epochs=1, checkpoint=tmp_path)
 
@@ -201,6 +204,31 @@ def test_another_matmul_precision_is_told(small, tmp_path, caplog):
         fit(small, small, key=KEY, epochs=2, checkpoint=tmp_path)
     told = "jax_default_matmul_precision was None and is highest: going on within rounding, not bit by bit"
     assert told in caplog.messages
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seeds": [1, 3]}, r"seeds is \[1, 2\] there and \[1, 3\] here"),
+        ({"dropout_rates": [0.5]}, r"dropout_rates is \[0\.2\] there and \[0\.5\] here"),
+    ],
+)
+def test_another_sweep_is_refused(small, tmp_path, change, message):
+    options = {"seeds": [1, 2], "dropout_rates": [0.2], "config": TrainConfig(hidden=(8,)), "checkpoint": tmp_path}
+    sweep(small, small, **options, epochs=1)
+    with pytest.raises(ValueError, match=f"holds the checkpoints of another run: {message}"):
+        sweep(small, small, **options | change, epochs=2)
+
+
+def test_the_epoch_of_the_lowest_validation_loss_is_kept(small, tmp_path):
+    """The training loss goes on falling."""
+    data = [jax.tree.map(lambda leaf, rows=rows: leaf[rows], small) for rows in (slice(100), slice(100, None))]
+    config = TrainConfig(learning_rate=0.01, batch_size=16, hidden=(128,))
+    run = fit(*data, key=KEY, config=config, epochs=10, checkpoint=Checkpoints(tmp_path, keep=1))
+    best = int(run.history.validation.loss.argmin()) + 1
+    assert best < 9
+    assert run.history.train.loss.argmin() > best
+    assert sorted(int(path.name) for path in tmp_path.iterdir() if path.is_dir()) == [best, 9, 10]
 
 
 # Processes that end.
@@ -385,6 +413,18 @@ fit(data, data, key=key, epochs=3, checkpoint=sys.argv[1], on_epoch=report)
     assert (tmp_path / "1" / "seal.json").exists()
 
 
+@pytest.mark.usefixtures("interruptible")
+def test_a_second_ctrl_c_during_a_report_ends_at_once(small):
+    """The first is noted, the second interrupts the report."""
+
+    def interrupt(end):
+        for _ in range(2):
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(small, small, key=KEY, config=TrainConfig(hidden=(8,)), epochs=3, on_epoch=interrupt)
+
+
 def test_two_runs_in_one_directory(small, tmp_path):
     with Store(Checkpoints(tmp_path), identity={}):
         with pytest.raises(BlockingIOError, match="another run is saving its checkpoints here"):
@@ -517,6 +557,20 @@ def test_names_that_would_be_alike_are_refused():
         content_digest({"a": (np.ones(1),), "a.0": np.ones(1)})
 
 
+def test_arrays_of_other_names_are_refused(tmp_path):
+    save(tmp_path, 1)
+    like = {"kernel" if name == "weights" else name: leaf for name, leaf in TREE.items()}
+    with pytest.raises(ValueError, match="1 holds other arrays than this run has: kernel, weights") as caught:
+        restore(tmp_path, like)
+    assert not isinstance(caught.value, DamagedError)
+
+
+def test_the_digest_is_of_names_and_shapes_too():
+    array = np.arange(6.0)
+    trees = ({"a": array}, {"b": array}, {"a": array.reshape(2, 3)}, {"a": array.reshape(3, 2)})
+    assert len({content_digest(tree) for tree in trees}) == len(trees)
+
+
 # Files that are damaged.
 
 
@@ -606,6 +660,26 @@ def test_swapped_checkpoints_are_noticed(tmp_path):
     (tmp_path / "2").rename(tmp_path / "3")
     with pytest.warns(UserWarning, match="is the checkpoint of step 2"):
         assert restore(tmp_path, TREE).step == 1
+
+
+def test_a_checkpoint_of_another_format_is_refused_and_stays(tmp_path):
+    save(tmp_path, 1)
+    path = tmp_path / "1" / "seal.json"
+    seal = json.loads(path.read_text()) | {"format": 2}
+    del seal["seal"]
+    seal["seal"] = hashlib.sha256(json.dumps(seal, sort_keys=True).encode()).hexdigest()
+    path.write_text(json.dumps(seal))
+    before = everything(tmp_path)
+    with pytest.raises(ValueError, match="1 has format 2, and this version reads 1"):
+        save(tmp_path, 2)
+    assert everything(tmp_path) == before
+
+
+def test_what_was_cut_off_while_it_was_removed_is_cleared_away(tmp_path):
+    save(tmp_path, 1, 2)
+    next((tmp_path / "1" / "default" / "ocdbt.process_0" / "d").iterdir()).unlink()
+    save(tmp_path, 3)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["2", "3"]
 
 
 def test_the_newest_and_the_best_are_kept(tmp_path):
@@ -723,6 +797,20 @@ def test_a_run_that_fails_later_keeps_what_was_good(small, tmp_path):
     found = restore(tmp_path, error.run)
     assert found.step == error.epoch - 1
     assert content_digest(found.tree) == content_digest(error.run)
+
+
+def test_what_was_good_is_saved_before_its_turn(small, tmp_path):
+    """A run that saves every fifth epoch fails in its third."""
+
+    def failing(learning_rate):
+        return optax.scale_by_schedule(lambda step: jnp.where(jnp.less(step, 2 * 16), -learning_rate, jnp.nan))
+
+    config = TrainConfig(hidden=(8,), optimiser=failing)
+    with pytest.raises(NonFiniteLossError, match="after 2 good epochs") as caught:
+        fit(small, small, key=KEY, config=config, epochs=5, checkpoint=Checkpoints(tmp_path, every=5))
+    found = restore(tmp_path, caught.value.run)
+    assert found.step == 2
+    assert content_digest(found.tree) == content_digest(caught.value.run)
 
 
 def test_a_lane_that_is_not_finite_stops_and_the_others_go_on(small):

@@ -150,10 +150,13 @@ def a_record(folder: Path, *, rows, flags) -> Path:
 def test_what_else_differs_between_records_is_told(tmp_path):
     rows = [{"images": size, "program": "predict", "median (s)": 2.0 * size} for size in (1, 100)]
     old = a_record(tmp_path / "old", rows=rows, flags={"epochs": 4, "output": "a"})
-    new = a_record(tmp_path / "new", rows=rows, flags={"epochs": 8, "output": "b"})
+    faster = [row | {"median (s)": row["median (s)"] / 4} for row in rows]
+    new = a_record(tmp_path / "new", rows=faster, flags={"epochs": 8, "output": "b"})
     result = run("-m", "benchmarks.compare", old, new)
     assert result.returncode == 0
-    assert [line.split("|")[2].strip() for line in result.stdout.splitlines()[2:]] == ["1, predict", "100, predict"]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in result.stdout.splitlines()]
+    assert cells[0] == ["benchmark", "row", "old (s)", "new (s)", "old / new"]
+    assert cells[2:] == [["saving", "1, predict", "2", "0.5", "4"], ["saving", "100, predict", "200", "50", "4"]]
     assert result.stderr == "saving.json: --epochs was 4 and is 8\n"
 
 

@@ -65,6 +65,20 @@ def test_the_user_s_cache_and_debian_s_directory(idx_dir, gzip_dir, splits, noth
     assert_same(data.load(), splits)
 
 
+def test_the_user_s_directories_are_where_the_variables_say(nothing, idx_dir, splits, monkeypatch):
+    home = nothing / "home"
+    assert data.cache_dir() == home / ".cache" / "fashion_jax"
+    assert data._tfds_dirs(None) == [home / "tensorflow_datasets"]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(nothing / "cache"))
+    monkeypatch.setenv("TFDS_DATA_DIR", "~/tfds")
+    assert data.cache_dir() == nothing / "cache" / "fashion_jax"
+    assert data._tfds_dirs(None) == [home / "tfds"]
+    assert data._tfds_dirs(nothing) == [nothing, home / "tfds"]
+    home.mkdir()
+    (home / "files").symlink_to(idx_dir)
+    assert_same(data.load("~/files"), splits)
+
+
 def test_an_empty_directory_falls_back(idx_dir, splits, nothing, monkeypatch):
     monkeypatch.setattr(data, "DEBIAN_DIR", idx_dir)
     assert_same(data.load(nothing), splits)

@@ -78,6 +78,7 @@ def test_one_seed_has_no_interval():
 def test_equal_seeds_have_an_interval_of_no_width():
     assert interval(np.array([0.5, 0.5]))[:3] == (0.5, 0.5, 0.5)
     assert interval(np.zeros(3)).effect_size == 0
+    assert interval(np.full(3, -0.5)).effect_size == -np.inf
 
 
 def test_pairing_removes_what_seeds_share(unchecked):
@@ -257,3 +258,40 @@ def test_a_verdict_carries_its_numbers():
     assert str(verdict.interval) == (
         f"{verdict.interval.mean:+.4f} [{verdict.interval.low:+.4f}, {verdict.interval.high:+.4f}]"
     )
+
+
+def test_no_verdict_rests_on_a_run_s_own_lowest_loss():
+    """Of a flat noisy curve it lies far below the curve."""
+    noisy = np.random.default_rng(6).normal(0.4, 0.02, (200, EPOCHS))
+    verdicts = answers(made(noisy), made(np.full_like(noisy, 0.39)))
+    assert verdicts["without dropout the validation loss turns early and rises"] == "refuted"
+    assert verdicts["dropout lowers the validation loss more than stopping early does"] == "supported"
+    assert answers(made(np.full_like(noisy, 0.39)), made(noisy))["with dropout it does not"] == "supported"
+
+
+@pytest.mark.parametrize(("lowest", "answer"), [(10, "supported"), (11, "undecided")])
+def test_early_is_the_first_half_of_the_epochs(lowest, answer):
+    loss = 0.3 + 0.02 * np.abs(np.arange(1, EPOCHS + 1) - lowest) + 0.001 * NOISE[:, None]
+    claim = "without dropout the validation loss turns early and rises"
+    assert answers(made(loss), made(curves()))[claim] == answer
+
+
+def test_a_loss_that_falls_to_the_end_does_not_turn():
+    loss = np.linspace(0.6, 0.3, EPOCHS) + 0.001 * NOISE[:, None]
+    assert answers(made(loss), made(curves()))["without dropout the validation loss turns early and rises"] == "refuted"
+
+
+def test_the_accuracy_that_is_judged_is_the_last_one():
+    """At its best epoch the plain network is the more accurate one, in the end it is not."""
+    plain, dropout = made(curves(rise=0.1)), made(curves(rise=0.1), accuracy=np.full(8, 0.85))
+    falling = np.linspace(0.9, 0.8, EPOCHS) + 0.001 * NOISE[:, None]
+    plain = plain._replace(validation=plain.validation._replace(accuracy=falling))
+    assert answers(plain, dropout)["dropout raises accuracy"] == "supported"
+
+
+def test_a_training_loss_that_nobody_measured_is_refused():
+    """As in PyTorch's curves."""
+    arm = made(curves(2))
+    unknown = np.full((2, EPOCHS), np.nan)
+    with pytest.raises(ValueError, match=r"losses that are not finite, in runs \[\[0\], \[1\]\]"):
+        summarise(arm._replace(train=Metrics(unknown, unknown)))

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import onnx
 import onnxruntime
+import optax
 import pytest
 import safetensors.numpy
 import safetensors.torch
@@ -20,7 +21,7 @@ import torch
 from benchmarks.reference import TutorialMLP, standardise
 from fashion_jax import CLASS_NAMES, TrainConfig, interop
 from fashion_jax.predict import predict
-from fashion_jax.train import init_state
+from fashion_jax.train import init_state, negative_log_likelihood
 
 TOLERANCE = 1e-5
 EXPORT = Path(__file__).parents[1] / "examples" / "export.py"
@@ -218,8 +219,9 @@ def test_to_torch_refuses_other_params_and_names(params, unchecked):
             interop.to_torch(wrong)
     with pytest.raises(ValueError, match=r"missing: fc4\.kernel, fc4\.bias|missing: fc2\.kernel, fc2\.bias"):
         interop.to_torch({name: params[name] for name in ("fc1", "fc3", "fc4")})
-    with pytest.raises(ValueError, match="names must name each of the 4 layers once"):
-        interop.to_torch(params, names=["0", "2"])
+    for names in (["0", "2"], ["0", "2", "2", "4"]):
+        with pytest.raises(ValueError, match="names must name each of the 4 layers once"):
+            interop.to_torch(params, names=names)
 
 
 def test_safetensors_gives_back_the_same_bytes(tmp_path, params):
@@ -386,3 +388,46 @@ def test_the_example_keeps_the_classes_and_the_rate(tmp_path, capsys):
     assert json.loads(classes.value) == list(names)
     rows = [line.split("|") for line in capsys.readouterr().out.splitlines()[2:]]
     assert [row[3].strip() for row in rows] == ["-"] * 6
+
+
+WRITERS = {
+    "safetensors": lambda params, config, path, **names: interop.save_safetensors(path, params, config=config, **names),
+    "stablehlo": interop.export,
+    "onnx": interop.export_onnx,
+}
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_what_does_not_fit_together_is_not_written(tmp_path, params, kind):
+    path = tmp_path / "network"
+    with pytest.raises(ValueError, match=r"params do not fit the config: .*fc1\.kernel must have shape \[784, 32\]"):
+        WRITERS[kind](params, TrainConfig(hidden=(32, 128, 64)), path)
+    for names in (CLASS_NAMES[:9], (*CLASS_NAMES, "Hat")):
+        with pytest.raises(ValueError, match=f"class_names must name 10 classes, got {len(names)}"):
+            WRITERS[kind](params, TrainConfig(), path, class_names=names)
+    assert not path.exists()
+
+
+def test_functions_are_not_kept_in_a_file(tmp_path):
+    """They are for training alone."""
+    config = TrainConfig(hidden=(8,), loss=negative_log_likelihood, optimiser=optax.sgd)
+    path = tmp_path / "network.safetensors"
+    interop.save_safetensors(path, init_state(jax.random.key(0), config=config).params, config=config)
+    assert interop.load_safetensors(path).config == TrainConfig(hidden=(8,))
+
+
+def test_networks_for_other_images_and_classes_go_everywhere(tmp_path):
+    config = TrainConfig(hidden=(5,), image_shape=(8, 6), classes=3)
+    params = init_state(jax.random.key(0), config=config).params
+    images = np.random.default_rng(0).integers(256, size=(4, 8, 6), dtype=np.uint8)
+    expected, names = predict(params, images, config=config), ["a", "b", "c"]
+    assert_same(interop.from_torch(interop.to_torch(params), config=config), params)
+    for kind, write in WRITERS.items():
+        write(params, config, tmp_path / kind, class_names=names)
+    assert interop.load_safetensors(tmp_path / "safetensors")[1:] == (config, ("a", "b", "c"))
+    program = interop.load_exported(tmp_path / "stablehlo")
+    np.testing.assert_allclose(program(images), expected, rtol=0, atol=TOLERANCE)
+    session = onnxruntime.InferenceSession(tmp_path / "onnx", providers=["CPUExecutionProvider"])
+    assert [port.shape for port in (*session.get_inputs(), *session.get_outputs())] == [["n", 8, 6], ["n", 3]]
+    theirs = session.run(["probabilities"], {"images": images})[0]
+    np.testing.assert_allclose(theirs, expected, rtol=0, atol=TOLERANCE)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import fcntl
 import functools
 import json
 import logging
@@ -393,6 +394,16 @@ def test_a_second_writer_is_refused(path):
         log(end(1))
         with pytest.raises(BlockingIOError, match="another process"):
             JsonLines(path)
+    assert epochs(path) == [1]
+
+
+def test_a_file_system_without_locks_lets_everybody_in(path, monkeypatch):
+    def refuse(*arguments):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with JsonLines(path) as log:
+        log(end(1))
     assert epochs(path) == [1]
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fashion_jax import TrainConfig
+from fashion_jax import TrainConfig, model
 from fashion_jax.model import Dropout, FashionMLP, draw_masks, init_params, standardise, summary
 from fashion_jax.threefry import uniform
 
@@ -164,6 +164,13 @@ def test_rate_0_is_no_dropout_bit_for_bit(images):
     np.testing.assert_array_equal(at_zero, without)
 
 
+def test_rate_0_keeps_what_draws_a_0(monkeypatch):
+    """One draw of eight million is 0 exactly."""
+    monkeypatch.setattr(model, "uniform", lambda key, shape: jnp.zeros(shape))
+    np.testing.assert_array_equal(dropout(jnp.ones(5), 0.0), jnp.ones(5))
+    np.testing.assert_array_equal(dropout(jnp.ones(5), 1e-6), jnp.zeros(5))
+
+
 def test_the_rate_may_be_traced():
     x = jnp.ones((64, 64))
     traced = jax.jit(lambda rate: dropout(x, rate))
@@ -229,3 +236,8 @@ def test_uniform_maps_over_keys_and_serves_other_generators():
     np.testing.assert_array_equal(jax.vmap(lambda key: uniform(key, (9,)))(keys), expected)
     other = jax.random.key(0, impl="rbg")
     np.testing.assert_array_equal(uniform(other, (9,)), jax.random.uniform(other, (9,)))
+
+
+def test_uniform_is_jax_random_uniform_with_its_older_counters():
+    with jax.threefry_partitionable(False):
+        np.testing.assert_array_equal(uniform(KEY, (7, 3)), jax.random.uniform(KEY, (7, 3)))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fashion_jax import TrainConfig
-from fashion_jax.optimiser import AverageState, build_optimiser, schedule
+from fashion_jax.optimiser import AverageState, build_optimiser, limit_norms, schedule
 
 
 def adam_in_float64(gradients, learning_rate, b1=0.9, b2=0.999, eps=1e-8):
@@ -132,3 +132,21 @@ def test_what_is_no_optimiser_is_refused():
     config = TrainConfig(optimiser=lambda learning_rate: learning_rate)
     with pytest.raises(TypeError, match=r"config\.optimiser must give an optax\.GradientTransformation, got 0\.003"):
         build_optimiser(config)
+
+
+def test_the_norm_of_a_convolution_is_that_of_all_that_leads_to_a_unit():
+    kernel = np.random.default_rng(0).standard_normal((3, 3, 2, 4)).astype(np.float32)
+    limit = limit_norms(1.0)
+    updates, _ = limit.update(jnp.zeros(kernel.shape), limit.init(kernel), jnp.array(kernel))
+    norms = np.linalg.norm(kernel.reshape(-1, 4), axis=0)
+    np.testing.assert_allclose(kernel + np.asarray(updates), kernel / np.maximum(norms, 1), atol=1e-6)
+
+
+def test_the_average_is_that_of_the_limited_weights():
+    config = TrainConfig(learning_rate=1.0, max_norm=1.0, average_decay=0.5, optimiser=optax.sgd)
+    transformation = build_optimiser(config)
+    kernel = 3 * jnp.ones((4, 2))
+    updates, state = transformation.update(jnp.ones_like(kernel), transformation.init(kernel), kernel)
+    np.testing.assert_allclose(optax.apply_updates(kernel, updates), 0.5, atol=1e-6)
+    # After the first step the old average has a weight of 1/10.
+    np.testing.assert_allclose(state[-1].average, 0.1 * 3 + 0.9 * 0.5, atol=1e-6)

@@ -150,12 +150,20 @@ def test_table_gives_mean_and_sd_at_the_last_and_the_best_epoch():
     accuracy = arm.validation.accuracy[np.arange(4), best]
     assert f"{accuracy.mean():.4f} ± {accuracy.std(ddof=1):.4f}" in lines[3]
     assert f"best: {best.min() + 1}-{best.max() + 1}" in lines[3]
+    for line, epoch in ((lines[2], np.full(4, 4)), (lines[3], best)):
+        leaves = (arm.running_loss, arm.train.loss, *arm.validation)
+        means = [f"{leaf[np.arange(4), epoch].mean():.4f}" for leaf in leaves]
+        assert [cell.split()[0] for cell in line.strip("|").split("|")[2:]] == means
 
 
 def test_json_holds_every_figure():
     arm = history(runs=2)
     results = json.loads(json.dumps(report.as_json({"arm": arm}, seeds=[0, 1], config=TrainConfig(), rates=[0.0])))
-    assert results["arms"]["arm"]["validation"]["accuracy"] == arm.validation.accuracy.tolist()
+    assert results["arms"]["arm"] == {
+        "running_loss": arm.running_loss.tolist(),
+        "train": {"loss": arm.train.loss.tolist(), "accuracy": arm.train.accuracy.tolist()},
+        "validation": {"loss": arm.validation.loss.tolist(), "accuracy": arm.validation.accuracy.tolist()},
+    }
     assert results["config"]["batch_size"] == 64
     assert results["seeds"] == [0, 1]
     assert results["rates"] == [0.0]
@@ -216,6 +224,7 @@ def test_progress_prints_plain_lines_without_a_terminal():
         (10, [(1, 3), (2, 3), (3, 3), (6, 7), (7, 7)], [9, 8, 7, 1, 0]),
         (1, [(1, 3), (2, 3), (3, 3)], [0, 0, 0]),
         (4, [(3, 4), (4, 4)], [1, 0]),
+        (2, [(1, 1), (1, 1)], [1, 0]),
     ],
 )
 def test_progress_tells_the_time_left(monkeypatch, total, reports, left):
@@ -228,6 +237,19 @@ def test_progress_tells_the_time_left(monkeypatch, total, reports, left):
     assert [line.rpartition("(")[2] for line in stream.getvalue().splitlines()] == [f"{of} s left)" for of in left]
 
 
+def test_progress_shows_each_rate_s_mean_over_its_seeds():
+    """Without the lanes that have stopped."""
+    leaf = np.array([[0.1, 0.2, 0.6], [0.5, np.nan, 0.7], [np.nan] * 3])
+    history = History(leaf, Metrics(leaf, leaf), Metrics(leaf + 1, leaf / 2))
+    stream = io.StringIO()
+    with Progress(1, file=stream) as progress:
+        progress(end(1, 1)._replace(dropout_rates=(0.0, 0.2, 0.9), seeds=(0, 1, 2), history=history))
+    assert stream.getvalue().startswith(
+        "epoch 1/1, dropout 0 | 0.2 | 0.9: training loss 0.3000 | 0.6000 | stopped, "
+        "validation loss 1.3000 | 1.6000 | stopped, accuracy 0.1500 | 0.3000 | stopped"
+    )
+
+
 def test_progress_draws_a_bar_on_a_terminal():
     class Terminal(io.StringIO):
         def isatty(self):
@@ -238,6 +260,9 @@ def test_progress_draws_a_bar_on_a_terminal():
         progress(end(1, 1))
     assert "1/1" in stream.getvalue()
     assert "accuracy=0.8500" in stream.getvalue()
+    with Progress(6, file=stream) as progress:
+        progress(end(5, 6))
+    assert "5/6" in stream.getvalue(), "a run that goes on begins where it stopped"
 
 
 def test_files_are_replaced_as_a_whole(tmp_path):
@@ -382,6 +407,8 @@ def test_reference_curves_are_read(tmp_path):
     assert sorted(curves) == [0.0, 0.2]
     assert curves[0.2].validation.loss.shape == (3, 30)
     assert curves[0.0].running_loss[0, 0] == 0.516
+    assert (curves[0.0].validation.loss[0, 0], curves[0.0].validation.accuracy[0, 0]) == (0.434, 0.845)
+    assert np.isnan(curves[0.0].train.loss).all()
     path = tmp_path / "curves.csv"
     path.write_text("run,epoch\na,1\n")
     with pytest.raises(ValueError, match="lacks the columns dropout_rate, running_train_loss"):
@@ -389,6 +416,13 @@ def test_reference_curves_are_read(tmp_path):
     path.write_text(REFERENCE.read_text().rsplit("\n", 2)[0])
     with pytest.raises(ValueError, match=r"curves\.csv: a run must have each epoch from 1 to 30 once; run .* 28, 29$"):
         report.read_curves(path)
+
+
+def test_reference_curves_are_in_the_order_of_their_epochs(tmp_path):
+    path = tmp_path / "curves.csv"
+    rows = "".join(f"a,0.2,{epoch},{epoch / 100},0.5,0.8\n" for epoch in (10, 2, 1))
+    path.write_text("run,dropout_rate,epoch,running_train_loss,test_loss,test_accuracy\n" + rows)
+    assert report.read_curves(path)[0.2].running_loss.tolist() == [[0.01, 0.02, 0.1]]
 
 
 def test_the_reference_lies_under_the_curves():

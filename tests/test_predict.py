@@ -152,6 +152,7 @@ def test_at_rate_0_all_samples_are_the_plain_prediction(params, splits, samples)
     np.testing.assert_allclose(sampled.probabilities, predict(params, images), atol=1e-6)
     np.testing.assert_allclose(sampled.spread, 0, atol=1e-7)
     np.testing.assert_allclose(sampled.mutual_information, 0, atol=1e-7)
+    assert (sampled.mutual_information >= 0).all()
 
 
 @pytest.mark.parametrize(
@@ -281,6 +282,44 @@ def test_the_border_s_verdict_can_be_overridden(tmp_path):
     np.testing.assert_array_equal(read_image(path, light_on_dark=True), np.asarray(picture))
     np.testing.assert_array_equal(read_image(path, light_on_dark=False), 255 - np.asarray(picture))
     np.testing.assert_array_equal(read_image(path), 255 - np.asarray(picture))
+
+
+def test_all_four_sides_tell_the_background(tmp_path):
+    """An object along the whole left side; the right one is paper."""
+    paper = Image.new("L", (10, 100), 255)
+    paper.paste(0, (0, 0, 4, 100))
+    image = read_image(written(tmp_path, paper))
+    assert np.flatnonzero(image.any(axis=0)).tolist() == [14]
+    assert (image[:, 14] == 255).all()
+
+
+def test_what_is_within_5_percent_of_the_background_is_trimmed(tmp_path):
+    paper = Image.new("L", (100, 100), 255)
+    paper.paste(245, (10, 10, 90, 90))
+    paper.paste(0, (40, 30, 60, 70))
+    image = read_image(written(tmp_path, paper))
+    assert np.flatnonzero(image.any(axis=1)).tolist() == list(range(28))
+    assert np.flatnonzero(image.any(axis=0)).tolist() == list(range(7, 21))
+
+
+def test_the_object_s_verdict_on_a_cut_out_can_be_overridden(tmp_path):
+    picture = Image.new("LA", (28, 28), (77, 0))
+    picture.paste((235, 255), (5, 5, 20, 20))
+    path = written(tmp_path, picture)
+    assert set(np.unique(read_image(path))) == {0, 235}
+    assert set(np.unique(read_image(path, light_on_dark=False))) == {0, 20}
+
+
+def test_half_transparent_pixels_show_half_of_the_background(tmp_path):
+    picture = Image.new("LA", (28, 28), (0, 255))
+    picture.paste((200, 128), (5, 5, 20, 20))
+    assert set(np.unique(read_image(written(tmp_path, picture)))) == {0, 100}
+
+
+def test_sound_pictures_of_other_formats_are_refused(tmp_path, splits):
+    path = written(tmp_path, Image.fromarray(splits.test.images[0]), ".gif")
+    with pytest.raises(ValueError, match="is not a PNG, JPEG or WebP image"):
+        read_image(path)
 
 
 def test_cmyk_is_close(tmp_path, splits):

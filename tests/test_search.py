@@ -118,6 +118,13 @@ def test_ctrl_c_in_the_last_epoch_of_all_is_told(small, tmp_path):
     assert not ends
 
 
+def test_searches_with_other_seeds_share_a_checkpoint_directory(small, tmp_path):
+    settings = {"one": Setting(TrainConfig(hidden=(8,)), 0.0, 1)}
+    for seed in (0, 1):
+        train_settings(small, small, settings=settings, seeds=[seed], checkpoint=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_functions_of_one_name_do_not_share_a_checkpoint(small, tmp_path):
     def network(width):
         return TrainConfig(model=lambda dropout_rate: FashionMLP((width,), dropout_rate))
@@ -142,7 +149,7 @@ def test_the_order_of_settings_does_not_matter(few, tmp_path):
 
 
 def spoiled_by_the_second_step(learning_rate):
-    return optax.sgd(optax.piecewise_constant_schedule(learning_rate, {1: float("inf")}))
+    return optax.sgd(lambda step: jax.numpy.where(jax.numpy.less(step, 1), learning_rate, jax.numpy.nan))
 
 
 def test_a_setting_that_stops_is_named_and_the_others_are_trained(few, tmp_path):

@@ -1,5 +1,6 @@
 """Lanes are runs: whatever the layout, lane (i, j) is `fit` with seed j and rate i."""
 
+import json
 import os
 import pickle
 import signal
@@ -200,6 +201,30 @@ def test_no_size_starts_after_ctrl_c(small, validation, at, complete):
     run = sweep_all(small, validation, train_sizes=[100, 200, 300], on_epoch=interrupt)
     assert ends[-1] == (200, at)
     assert run.history.running_loss.shape == (complete, 2, 3, 2)
+
+
+def test_ctrl_c_before_any_size_is_complete_is_told(small, validation):
+    def stop(end):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sweep_all(small, validation, train_sizes=[100, 200], config=TrainConfig(hidden=(8,)), on_epoch=stop)
+
+
+def test_some_of_the_devices_are_enough(tmp_path):
+    code = """
+import sys, jax, numpy as np
+jax.config.update("jax_num_cpu_devices", 4)
+from fashion_jax import Batch, TrainConfig
+from fashion_jax.sweep import sweep
+data = Batch(np.zeros((10, 28, 28), np.uint8), np.arange(10, dtype=np.int32))
+options = {"seeds": [0, 1], "dropout_rates": [0.0], "config": TrainConfig(hidden=(8,)), "epochs": 1}
+sweep(data, data, **options, devices=jax.devices()[1:3], checkpoint=sys.argv[1])
+"""
+    command = [sys.executable, "-W", "error", "-c", code, str(tmp_path)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert json.loads((tmp_path / "1" / "seal.json").read_text())["circumstances"]["devices"] == 2
 
 
 def test_other_generators_draw_for_one_lane_at_a_time(small, validation):

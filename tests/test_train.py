@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from fashion_jax import Batch, FashionMLP, TrainConfig, fit, train
+from fashion_jax.model import init_params
 from fashion_jax.train import (
     evaluate,
     init_state,
@@ -55,6 +56,11 @@ def assert_trees_equal(first, second):
 
 def assert_trees_close(first, second, **tolerance):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **tolerance), first, second)
+
+
+def test_the_stream_for_the_weights_draws_the_weights():
+    expected = init_params(split_key(KEY).init, CONFIG)
+    assert_trees_close(init_state(KEY).params, expected, rtol=1e-6)
 
 
 def test_negative_log_likelihood_against_numpy():

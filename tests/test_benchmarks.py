@@ -1,0 +1,95 @@
+"""What the benchmarks measure with: turns, summaries, counts of operations, and PyTorch's loops."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import harness, roofline, throughput
+from benchmarks.reference import FastLoop, TutorialLoop
+from fashion_jax import Batch, TrainConfig
+from fashion_jax.interop import from_torch
+from fashion_jax.train import evaluate, init_state, train_step
+
+KEY = jax.random.key(0)
+
+
+def test_programs_are_timed_in_turns():
+    order = []
+    seconds = harness.alternate({name: lambda name=name: order.append(name) for name in "abc"}, 2)
+    assert "".join(order) == "abcabc"
+    assert {name: len(runs) for name, runs in seconds.items()} == {"a": 2, "b": 2, "c": 2}
+
+
+def test_timings_are_summarised_by_median_and_range():
+    assert harness.spread([1.0, 9.0, 2.0]) == {"median (s)": 2.0, "min (s)": 1.0, "max (s)": 9.0, "repetitions": 3}
+
+
+def test_a_table_has_four_digits_and_every_column():
+    lines = harness.table([{"program": "fit", "s": 1.23456}, {"program": "sweep", "s": 12345.6, "n": 3}]).splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert cells[0] == ["program", "s", "n"]
+    assert cells[2:] == [["fit", "1.235", ""], ["sweep", "1.235e+04", "3"]]
+
+
+def test_bars_reach_from_the_lowest_to_the_highest():
+    row = {"program": "fit", "median (s)": 3.0, "min (s)": 2.0, "max (s)": 7.0}
+    figure = harness.bars([row], label="program", value="median (s)", low="min (s)", high="max (s)", unit="seconds")
+    (axes,) = figure.axes
+    assert [bar.get_width() for bar in axes.patches] == [3.0]
+    ((line,),) = (collection.get_segments() for collection in axes.collections)
+    assert line[:, 0].tolist() == [2.0, 7.0]
+
+
+def test_operations_are_counted_as_by_hand():
+    # Two products of [n, 3] x [3, 2] and [n, 2] x [2, 1] forward, two for the weights, one for the hidden layer.
+    assert roofline.flop_of_an_epoch(5, (3, 2, 1)) == 2 * 5 * (6 + 2 + 6 + 2 + 2)
+    program, flop = roofline.gemm_rate(4)
+    program()
+    assert flop == 4 * (2 * 4**3)
+
+
+def test_ratios_are_of_pairs_and_above_1_for_the_faster():
+    assert throughput._ratio([4.0, 9.0, 2.0], [2.0, 3.0, 2.0]) == 2.0
+
+
+def test_the_first_epoch_s_loss_has_to_be_near_pytorch_s():
+    low, high = throughput.band(64, 0.0)
+    assert 0.4 < low < high < 0.8
+    assert high - low > 2 * throughput.SLACK
+    assert throughput.band(128, 2.0) == pytest.approx((1.94, 2.06))
+
+
+@pytest.mark.parametrize("kind", [TutorialLoop, FastLoop])
+def test_pytorch_s_loops_are_the_experiment(small, kind):
+    """One batch an epoch, so that its order does not matter."""
+    part = Batch(*(jnp.array(leaf[:50]) for leaf in small))
+    loop = kind(part, dropout_rate=0.0, batch_size=50)
+    config = TrainConfig()
+    state = init_state(KEY, config=config)._replace(params=from_torch(loop.model.state_dict()))
+    for _ in range(4):
+        state, metrics = train_step(state, part, KEY, config=config, dropout_rate=0.0)
+        assert loop.epoch() == pytest.approx(float(metrics.loss), rel=1e-4)
+    np.testing.assert_allclose(loop.evaluate(small), evaluate(state.params, small, config=config), rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", [TutorialLoop, FastLoop])
+def test_pytorch_s_loops_shuffle_and_drop_units_while_they_train_only(small, kind):
+    part = Batch(*(leaf[:50] for leaf in small))
+    loop = kind(part, dropout_rate=0.5, batch_size=20)
+    assert loop.evaluate(part) == loop.evaluate(part)
+    seen, training = [], []
+
+    def watch(module, inputs):
+        training.append(module.training)
+        seen.append(inputs[0].reshape(len(inputs[0]), -1).sum(dim=1))
+
+    loop.model.register_forward_pre_hook(watch)
+    for _ in range(2):
+        loop.epoch()
+    assert training == [True] * 6
+    first, second = torch.cat(seen[:3]), torch.cat(seen[3:])
+    assert [len(rows) for rows in seen] == [20, 20, 10] * 2
+    assert not torch.equal(first, second)
+    np.testing.assert_allclose(first.sort().values, second.sort().values)
