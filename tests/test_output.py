@@ -420,9 +420,9 @@ def test_reference_curves_are_read(tmp_path):
 
 def test_reference_curves_are_in_the_order_of_their_epochs(tmp_path):
     path = tmp_path / "curves.csv"
-    rows = "".join(f"a,0.2,{epoch},{epoch / 100},0.5,0.8\n" for epoch in (10, 2, 1))
+    rows = "".join(f"a,0.2,{epoch},{epoch / 100},0.5,0.8\n" for epoch in range(10, 0, -1))
     path.write_text("run,dropout_rate,epoch,running_train_loss,test_loss,test_accuracy\n" + rows)
-    assert report.read_curves(path)[0.2].running_loss.tolist() == [[0.01, 0.02, 0.1]]
+    assert report.read_curves(path)[0.2].running_loss.tolist() == [[epoch / 100 for epoch in range(1, 11)]]
 
 
 def test_the_reference_lies_under_the_curves():
