@@ -117,5 +117,8 @@ def test_the_table_says_what_the_text_concludes(stored):
     not_shown = "dropout lowers the validation loss more than stopping early does", "dropout raises accuracy"
     for claim in not_shown:
         assert answers.pop(claim) in {"refuted", "undecided"}
-    assert len(answers) == 4
+    # The text leaves it to more seeds whether the rise is large.
+    for claim in ("without dropout the validation loss turns early and rises", "with dropout it does not"):
+        assert answers.pop(claim) in {"supported", "undecided"}
+    assert len(answers) == 2
     assert set(answers.values()) == {"supported"}
