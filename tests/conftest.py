@@ -1,9 +1,13 @@
 import contextlib
 import gzip
 import hashlib
+import logging
 import os
+import runpy
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import zlib
 from functools import partial
@@ -16,7 +20,7 @@ import jaxtyping
 import pytest
 from sources import idx_bytes
 
-from fashion_jax import Run, data, fit
+from fashion_jax import Run, data, fit, sweep
 
 # PyTorch's threads spin while they wait for each other: beside another worker, longer than they work.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -88,6 +92,32 @@ def unchecked():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def call(monkeypatch, capsys, caplog, unchecked):
+    """Run a script as `python SCRIPT FLAGS` would, in this process, where the imports are there already.
+
+    For flags that end it before it trains: this process has its one device already, and pytest takes the log.
+    """
+
+    def run(script: Path, *flags) -> subprocess.CompletedProcess:
+        monkeypatch.setattr(sys, "argv", [str(script), *map(str, flags)])
+        monkeypatch.setattr(sweep, "use_all_cores", lambda: None)
+        monkeypatch.setenv("COLUMNS", "200")
+        monkeypatch.setenv("TERM", "xterm")
+        # As it was afterwards, whatever level the script gives it.
+        caplog.set_level(logging.INFO, "fashion_jax")
+        with pytest.raises(SystemExit) as caught:
+            runpy.run_path(str(script), run_name="__main__")
+        out, errors = capsys.readouterr()
+        code = caught.value.code
+        # Python prints what is no number, and exits with 1.
+        if isinstance(code, str):
+            code, errors = 1, f"{errors}{code}\n"
+        return subprocess.CompletedProcess(sys.argv, code or 0, out, errors)
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -766,8 +766,8 @@ def test_who_cannot_compile_for_gpus_is_told_what_to_install(monkeypatch, tmp_pa
         ("dropout_sweep.py", ("--data-dir", "/no/such"), "data_dir does not exist: /no/such"),
     ],
 )
-def test_the_examples_refuse_bad_flags(tmp_path, example, flags, message):
-    result = run_module(f"examples/{example}", *flags, "--output", tmp_path)
+def test_the_examples_refuse_bad_flags(tmp_path, call, example, flags, message):
+    result = call(ROOT / "examples" / example, *flags, "--output", tmp_path)
     assert result.returncode == 1
     assert result.stderr.splitlines()[-1].startswith("error: ")
     assert message in result.stderr.splitlines()[-1]

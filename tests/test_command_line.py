@@ -30,6 +30,7 @@ SCRIPTS = [
     if 'if __name__ == "__main__":' in path.read_text()
 ]
 EXAMPLE = ROOT / "examples" / "compare_overfit.py"
+COMPARE = ROOT / "benchmarks" / "compare.py"
 RECORD = next((ROOT / "benchmarks" / "records").glob("*/throughput.json")).parent
 ESCAPE = "\x1b"
 
@@ -44,21 +45,6 @@ def spelled(field: dataclasses.Field) -> str:
 
 def is_positional(field: dataclasses.Field) -> bool:
     return "Positional" in str(field.type)
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Run a script as `python SCRIPT FLAGS` would, in this process, where the imports are there already."""
-
-    def run(script: Path, *flags: str) -> subprocess.CompletedProcess:
-        monkeypatch.setattr(sys, "argv", [str(script), *flags])
-        monkeypatch.setenv("COLUMNS", "200")
-        monkeypatch.setenv("TERM", "xterm")
-        with pytest.raises(SystemExit) as caught:
-            runpy.run_path(str(script), run_name="__main__")
-        return subprocess.CompletedProcess(sys.argv, caught.value.code or 0, *capsys.readouterr())
-
-    return run
 
 
 def test_every_example_is_a_script_or_a_notebook():
@@ -147,12 +133,12 @@ def a_record(folder: Path, *, rows, flags) -> Path:
     return folder
 
 
-def test_what_else_differs_between_records_is_told(tmp_path):
+def test_what_else_differs_between_records_is_told(tmp_path, call):
     rows = [{"images": size, "program": "predict", "median (s)": 2.0 * size} for size in (1, 100)]
     old = a_record(tmp_path / "old", rows=rows, flags={"epochs": 4, "output": "a"})
     faster = [row | {"median (s)": row["median (s)"] / 4} for row in rows]
     new = a_record(tmp_path / "new", rows=faster, flags={"epochs": 8, "output": "b"})
-    result = run("-m", "benchmarks.compare", old, new)
+    result = call(COMPARE, old, new)
     assert result.returncode == 0
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in result.stdout.splitlines()]
     assert cells[0] == ["benchmark", "row", "old (s)", "new (s)", "old / new"]
@@ -169,10 +155,10 @@ def test_what_else_differs_between_records_is_told(tmp_path):
         ([None], "NoneType"),
     ],
 )
-def test_a_damaged_record_is_named(tmp_path, rows, message):
+def test_a_damaged_record_is_named(tmp_path, call, rows, message):
     good = a_record(tmp_path / "good", rows=[{"program": "fit", "median (s)": 1.0}], flags={})
     bad = a_record(tmp_path / "bad", rows=rows, flags={})
-    result = run("-m", "benchmarks.compare", good, bad)
+    result = call(COMPARE, good, bad)
     assert result.returncode == 1
     assert result.stderr.startswith(f"error: {bad / 'saving.json'}: not a benchmark's record (")
     assert message in result.stderr
@@ -185,8 +171,8 @@ def test_a_damaged_record_is_named(tmp_path, rows, message):
         (("--seconds", "inf"), "error: --seconds must be positive and finite, got inf\n"),
     ],
 )
-def test_predict_is_not_timed_on_images_that_are_not_there(tmp_path, flags, message):
-    result = run("-m", "benchmarks.predict", *flags, "--output", tmp_path / "out")
+def test_predict_is_not_timed_on_images_that_are_not_there(tmp_path, call, flags, message):
+    result = call(ROOT / "benchmarks" / "predict.py", *flags, "--output", tmp_path / "out")
     assert (result.returncode, result.stdout) == (1, "")
     assert result.stderr.endswith(message)
 

@@ -260,10 +260,9 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 @pytest.mark.parametrize("example", ["compare_overfit.py", "dropout_sweep.py"])
-def test_an_output_directory_that_cannot_be_is_refused_before_training(tmp_path, example):
+def test_an_output_directory_that_cannot_be_is_refused_before_training(tmp_path, call, example):
     (tmp_path / "file").touch()
-    command = [sys.executable, str(EXAMPLE.with_name(example)), "--output", str(tmp_path / "file" / "out")]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    result = call(EXAMPLE.with_name(example), "--output", tmp_path / "file" / "out")
     assert result.returncode == 1
     assert "epoch 1" not in result.stderr
     assert result.stderr.splitlines()[-1].startswith("error: [Errno 20] Not a directory; no files can be written into")

@@ -364,11 +364,10 @@ def test_the_example_touches_the_test_set_once_with_a_hold_out(tmp_path):
         (("--epoch", 3), "Perhaps you meant"),
     ],
 )
-def test_the_example_refuses_bad_flags(tmp_path, flags, message):
-    result = run_example(*flags, "--output", tmp_path)
+def test_the_example_refuses_bad_flags(tmp_path, call, flags, message):
+    result = call(EXAMPLE, *flags, "--output", tmp_path)
     assert result.returncode != 0
     assert message in " ".join((result.stderr + result.stdout).split())
-    assert "Traceback" not in result.stderr
     assert not list(tmp_path.iterdir())
 
 
@@ -459,7 +458,7 @@ def test_the_study_draws_rates_and_sizes_in_ascending_order():
     np.testing.assert_array_equal(pixels(figure), pixels(expected))
 
 
-def test_the_sweep_example_chooses_on_a_hold_out_and_tests_once(tmp_path):
+def test_the_sweep_example_chooses_on_a_hold_out_and_tests_once(tmp_path, call):
     flags = ("--rates", 0, 0.5, "--sizes", 500, 1000, "--seeds", 2, "--epochs", 1, "--output", tmp_path)
     result = run_example(*flags, example="dropout_sweep.py")
     assert result.returncode == 0, result.stderr
@@ -470,6 +469,6 @@ def test_the_sweep_example_chooses_on_a_hold_out_and_tests_once(tmp_path):
     assert np.shape(results["arms"]["500 images"]["validation"]["loss"]) == (2, 2, 1)
     assert [row["size"] for row in results["test"]] == [500, 1000]
     assert (tmp_path / "study.png").read_bytes().startswith(b"\x89PNG")
-    refused = run_example("--rates", 0.5, "--output", tmp_path, example="dropout_sweep.py")
+    refused = call(EXAMPLES / "dropout_sweep.py", "--rates", 0.5, "--output", tmp_path)
     assert refused.returncode == 1
     assert "error: --rates must have 0 among them" in refused.stderr

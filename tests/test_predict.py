@@ -447,12 +447,13 @@ def model(kept):
         (("--seed", 2**32), "--seed must lie between 0 and 2**32 - 1, got 4294967296"),
     ],
 )
-def test_what_cannot_be_written_is_told_before_training(tmp_path, splits, flags, message):
+def test_what_cannot_be_written_is_told_before_training(tmp_path, splits, call, flags, message):
     (tmp_path / "file").touch()
     flag, value = flags
     image = written(tmp_path, Image.fromarray(splits.test.images[0]))
     place = value if flag == "--seed" else tmp_path / value
-    result = run_classify(image, *("--output", tmp_path / "out") * (flag != "--output"), flag, place, "--epochs", 1)
+    output = ("--output", tmp_path / "out") * (flag != "--output")
+    result = call(CLASSIFY, image, *output, flag, place, "--epochs", 1)
     assert result.returncode == 1
     assert message in result.stderr
     assert "epoch 1/" not in result.stderr
@@ -535,14 +536,13 @@ def test_classify_tells_how_sure_it_is(tmp_path, splits, params):
         (("picture.png", "--rate", 0.5), "was trained with the dropout rate 0.2, and --rate is 0.5; leave --rate out"),
     ],
 )
-def test_classify_refuses_bad_flags(tmp_path, splits, model, flags, message):
+def test_classify_refuses_bad_flags(tmp_path, splits, model, call, flags, message):
     written(tmp_path, Image.fromarray(splits.test.images[0]))
     flags = [tmp_path / flag if str(flag).endswith(".png") else flag for flag in flags]
     flags += [] if "--model" in flags else ["--model", model]
-    result = run_classify(*flags, "--output", tmp_path / "out")
+    result = call(CLASSIFY, *flags, "--output", tmp_path / "out")
     assert result.returncode == 1
     assert message in result.stderr
-    assert "Traceback" not in result.stderr
     assert not (tmp_path / "out").exists()
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -312,14 +313,14 @@ def test_the_rivals_example_chooses_no_setting_that_stopped(monkeypatch):
         (("--sizes", 200, 300, "--epochs", 1, 0), r"--epochs must be at least 1, got \(1, 0\)"),
     ],
 )
-def test_the_rivals_example_refuses_bad_flags_before_training(tmp_path, flags, message):
-    refused = run_example("when_dropout_helps.py", *flags, "--output", tmp_path)
+def test_the_rivals_example_refuses_bad_flags_before_training(tmp_path, call, flags, message):
+    refused = call(Path("examples/when_dropout_helps.py"), *flags, "--output", tmp_path)
     assert refused.returncode == 1
     assert re.search(f"error: {message}", refused.stderr)
     assert "epoch 1/" not in refused.stderr
 
 
-def test_the_best_perceptron_is_chosen_on_a_hold_out_and_can_be_read_back(tmp_path):
+def test_the_best_perceptron_is_chosen_on_a_hold_out_and_can_be_read_back(tmp_path, call):
     recipes = [f"dropout {rate}; mirrored, moved, decay 0.1" for rate in (0, 0.1)]
     flags = ("--epochs", 2, "--seeds", 1, "--train-size", 600, "--output", tmp_path)
     result = run_example("best_perceptron.py", *flags, "--recipes", *recipes)
@@ -336,6 +337,6 @@ def test_the_best_perceptron_is_chosen_on_a_hold_out_and_can_be_read_back(tmp_pa
     test = load().test
     right = predict(network.params, test.images, config=network.config).argmax(axis=1) == test.labels
     assert right.mean() == pytest.approx(results["test"]["accuracy"][0], abs=1e-9)
-    refused = run_example("best_perceptron.py", "--recipes", "none", "--output", tmp_path)
+    refused = call(Path("examples/best_perceptron.py"), "--recipes", "none", "--output", tmp_path)
     assert refused.returncode == 1
     assert "error: --recipes must be some of" in refused.stderr

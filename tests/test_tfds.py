@@ -58,12 +58,16 @@ assert len(source) == 10_000 and source[0]["image"].shape == (28, 28, 1)
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
-def test_who_asks_for_the_download_gets_past_damaged_files(prepared, copy, tmp_path):
+def test_who_asks_for_the_download_gets_past_damaged_files_and_a_full_disk(prepared, copy, tmp_path):
+    """Both in one process, because TFDS reads for long; the disk costs only the cache."""
     (copy / TEST_IMAGES).unlink()
     place = prepared.home / "tensorflow_datasets"
-    result = run_load(tmp_path, source="download", data_dir=place, debian=copy)
+    result = run_load(tmp_path, source="download", data_dir=place, debian=copy, largest_file=40_000_000)
     assert result.returncode == 0, result.stderr
     assert f"Fashion-MNIST from the TFDS data set in {place}" in result.stderr
+    assert result.stdout.splitlines()[-1] == "(60000, 28, 28) int32"
+    assert "the arrays were not cached, so the next load takes as long: [Errno 27] File too large" in result.stderr
+    assert not names(tmp_path / ".cache" / "fashion_jax")
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate"])
@@ -116,14 +120,6 @@ def test_a_prepared_directory_is_read_and_cached(prepared, idx_dir, tmp_path):
     for source in ("auto", "download"):
         again = run_load(tmp_path, data_dir=place, source=source)
         assert f"from the IDX files in {tmp_path}/.cache/fashion_jax" in again.stderr
-
-
-def test_a_full_disk_costs_only_the_cache(prepared, tmp_path):
-    result = run_load(tmp_path, data_dir=prepared.home / "tensorflow_datasets", largest_file=40_000_000)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines()[-1] == "(60000, 28, 28) int32"
-    assert "the arrays were not cached, so the next load takes as long: [Errno 27] File too large" in result.stderr
-    assert not names(tmp_path / ".cache" / "fashion_jax")
 
 
 def test_a_full_disk_while_preparing_leaves_nothing(server, tmp_path):
