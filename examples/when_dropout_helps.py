@@ -45,9 +45,11 @@ CLAIMS = (
 @dataclasses.dataclass(frozen=True)
 class Flags:
     sizes: tuple[int, ...] = (1_000, 10_000, 50_000)
-    """Numbers of training images, at most 50,000; the last one is trained with augmented images too."""
+    """Numbers of training images, at most 50,000."""
     epochs: tuple[int, ...] = (100, 40, 20)
     """Passes over each of these training sets."""
+    augmented: bool = True
+    """Train the last of these sets with augmented images too."""
     width: int = 256
     """Units of both hidden layers; the wider network has twice as many."""
     seeds: int = 8
@@ -61,6 +63,12 @@ class Flags:
     """Directory with the data set; see `python -m fashion_jax.data --help`."""
     output: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("runs/when_dropout_helps")
     """Directory to write into."""
+
+
+def training_sets(flags: Flags) -> list[tuple[int, int, bool]]:
+    """Size and epochs of each training set, and whether its images are augmented."""
+    plain = [(size, epochs, False) for size, epochs in zip(flags.sizes, flags.epochs, strict=True)]
+    return [*plain, (*plain[-1][:2], True)] if flags.augmented else plain
 
 
 def candidates(width: int, epochs: int, examples: int, augmented: bool) -> dict[str, dict[str, Setting]]:
@@ -127,14 +135,12 @@ def main(flags: Flags) -> int:
     train, validation = data.hold_out(train, HOLD_OUT / len(train.labels), key=jax.random.key(0))
     files.prepare_directory(flags.output)
     seeds = range(flags.seeds)
-    situations = [(size, epochs, False) for size, epochs in zip(flags.sizes, flags.epochs, strict=True)]
-    situations.append((*situations[-1][:2], True))
 
     scores: dict[str, dict[str, calibration.Scores]] = {}
     chosen: dict[str, dict[str, str]] = {}
     ending: dict[str, dict[str, str]] = {}
     tried: dict[str, dict[str, dict[str, float]]] = {}
-    for size, epochs, augmented in situations:
+    for size, epochs, augmented in training_sets(flags):
         title = f"{size:,} images" + (", augmented" if augmented else "")
         part = data.subset(train, size, key=jax.random.key(0))
         rivals = candidates(flags.width, epochs, size, augmented)

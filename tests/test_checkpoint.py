@@ -273,28 +273,23 @@ def after_epoch(process: subprocess.Popen, epoch: int) -> None:
     raise AssertionError(process.communicate())
 
 
-@pytest.mark.parametrize(
-    ("number", "status", "line"),
-    [
-        (signal.SIGTERM, -signal.SIGTERM, "stopped by SIGTERM after epoch"),
-        (signal.SIGINT, 130, "run the command again to go on"),
-    ],
-)
-def test_the_same_command_gives_the_same_report(tmp_path, number, status, line):
+def test_the_same_command_gives_the_same_report(tmp_path):
     flags = ("--seeds", 2, "--epochs", 12, "--train-size", 1000, "--holdout", 0.2, "--checkpoint", tmp_path / "saved")
-    process = run_example(*flags, "--output", tmp_path / "resumed")
-    after_epoch(process, 3)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == status, errors
-    assert line in errors
+    for number, status, line, epoch in (
+        (signal.SIGINT, 130, "run the command again to go on", 2),
+        (signal.SIGTERM, -signal.SIGTERM, "stopped by SIGTERM after epoch", 8),
+    ):
+        process = run_example(*flags, "--output", tmp_path / "resumed")
+        after_epoch(process, epoch)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == status, errors
+        assert line in errors
 
     resumed = run_example(*flags, "--output", tmp_path / "resumed")
     out, errors = resumed.communicate(timeout=300)
     assert resumed.returncode == 0, errors
     assert "going on after epoch" in errors
-    if number != signal.SIGTERM:
-        return
     whole = run_example(*flags[:-2], "--output", tmp_path / "whole")
     expected, _ = whole.communicate(timeout=300)
     report = [(tmp_path / name / "report.md").read_text() for name in ("resumed", "whole")]

@@ -270,13 +270,13 @@ def test_the_rivals_figure_goes_by_names():
 
 def test_the_rivals_example_chooses_on_a_hold_out_and_tests_once(tmp_path):
     # So few images that the network overfits long before the last epoch.
-    flags = ("--sizes", 100, "--epochs", 60, "--width", 64, "--seeds", 2, "--output", tmp_path)
+    flags = ("--sizes", 100, "--epochs", 60, "--no-augmented", "--width", 64, "--seeds", 2, "--output", tmp_path)
     result = run_example("when_dropout_helps.py", *flags, "--rivals", "nothing", "dropout")
     assert result.returncode == 0, result.stderr
     assert "2 seeds, which are few" in result.stdout
-    assert "Of 12 intervals of 95%, 0.6 are expected to miss the truth." in result.stdout
+    assert "Of 6 intervals of 95%, 0.3 are expected to miss the truth." in result.stdout
     results = json.loads((tmp_path / "report.json").read_text())
-    assert list(results["test"]) == ["100 images", "100 images, augmented"]
+    assert list(results["test"]) == ["100 images"]
     for title, tried in results["tried"].items():
         assert {len(of) for of in tried.values()} == {3}
         for rival, of in tried.items():
@@ -290,6 +290,19 @@ def test_the_rivals_example_chooses_on_a_hold_out_and_tests_once(tmp_path):
         tried = results["tried"]["100 images"]
         assert all(tried[rival][name] >= 0.9 * accuracy for name, accuracy in tried["nothing"].items())
     assert (tmp_path / "rivals.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_rivals_example_augments_the_last_set(monkeypatch):
+    monkeypatch.syspath_prepend("examples")
+    example = importlib.import_module("when_dropout_helps")
+    flags = example.Flags(sizes=(100, 200), epochs=(4, 3))
+    plain = [(100, 4, False), (200, 3, False)]
+    assert example.training_sets(flags) == [*plain, (200, 3, True)]
+    assert example.training_sets(replace(flags, augmented=False)) == plain
+    for augmented in (False, True):
+        rivals = example.candidates(8, 3, 200, augmented)
+        configs = [setting.config for settings in rivals.values() for setting in settings.values()]
+        assert {(config.flip, config.shift) for config in configs} == {(augmented, int(augmented))}
 
 
 def test_the_rivals_example_chooses_no_setting_that_stopped(monkeypatch):
