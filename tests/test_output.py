@@ -368,6 +368,7 @@ def test_the_example_refuses_bad_flags(tmp_path, call, flags, message):
     result = call(EXAMPLE, *flags, "--output", tmp_path)
     assert result.returncode != 0
     assert message in " ".join((result.stderr + result.stdout).split())
+    assert "Traceback" not in result.stderr
     assert not list(tmp_path.iterdir())
 
 

@@ -543,6 +543,7 @@ def test_classify_refuses_bad_flags(tmp_path, splits, model, call, flags, messag
     result = call(CLASSIFY, *flags, "--output", tmp_path / "out")
     assert result.returncode == 1
     assert message in result.stderr
+    assert "Traceback" not in result.stderr
     assert not (tmp_path / "out").exists()
 
 
