@@ -6,6 +6,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 VERSION := $(shell $(PYTHON) -c 'import sys; print(".".join(map(str, sys.version_info[:2])))')
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+# Python compiles a module when it is first imported; to compile all of them takes as long as the rest of the installation.
+INSTALL := $(PIP) install --no-compile --constraint constraints.txt
 # Each stamp tells that the environment holds what its name says, for this version of Python.
 INSTALLED := $(VENV)/installed-$(VERSION)
 TEST := $(VENV)/test-$(VERSION)
@@ -65,22 +67,22 @@ clean:
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear $(VENV)
 	$(PIP) install --upgrade 'pip>=25.1'
-	$(PIP) install --constraint constraints.txt --editable .
+	$(INSTALL) --editable .
 	touch $@
 
 # The tests build the documentation too.
 $(TEST): $(INSTALLED)
-	$(PIP) install --constraint constraints.txt --group test --group docs
+	$(INSTALL) --group test --group docs
 	touch $@
 
 $(BENCH): $(INSTALLED)
-	$(PIP) install --constraint constraints.txt --group bench
+	$(INSTALL) --group bench
 	touch $@
 
 $(DOCS): $(INSTALLED)
-	$(PIP) install --constraint constraints.txt --group docs
+	$(INSTALL) --group docs
 	touch $@
 
 $(LINT): $(INSTALLED)
-	$(PIP) install --constraint constraints.txt --group lint
+	$(INSTALL) --group lint
 	touch $@

@@ -38,6 +38,7 @@ from fashion_jax.model import (
 )
 from fashion_jax.optimiser import build_optimiser
 from fashion_jax.signals import noting_signals
+from fashion_jax.threefry import bits
 
 # Lanes that an error names one by one.
 FEW_LANES = 4
@@ -239,10 +240,9 @@ def negative_log_likelihood(
     >>> f"{loss[0]:.4f}"
     '1.3863'
     """
-    # A negative index would count from the last class; one beyond it is filled with NaN. Eight bits may not do.
-    labels = jnp.asarray(labels).astype(jnp.int32)
-    labels = jnp.where(labels < 0, log_probs.shape[1], labels)
-    return -jnp.take_along_axis(log_probs, labels[:, None], axis=1, mode="fill", fill_value=jnp.nan)[:, 0]
+    # A sum over the row picks the same number as an index, and its gradient needs no scatter, which is slow to compile.
+    chosen = jnp.asarray(labels)[:, None] == jnp.arange(log_probs.shape[1])[None]
+    return -jnp.where(chosen.any(axis=1), jnp.where(chosen, log_probs, 0).sum(axis=1), jnp.nan)
 
 
 def train_step(
@@ -366,11 +366,34 @@ def evaluate(params: Params, batch: Batch, *, config: TrainConfig) -> Metrics:
 
 @functools.partial(jax.jit, static_argnames="config")
 def _evaluate(params, batch, *, config):
+    totals = _evaluate_chunks(params, _eval_chunks(batch, config), config)
+    return jax.tree.map(lambda total: total.sum() / len(batch.labels), totals)
+
+
+def _eval_chunks(batch: Batch, config: TrainConfig):
     n = len(batch.labels)
-    size = min(config.eval_batch_size, n)
-    chunks, weights = _pad_and_split(batch, n, size)
-    totals = jax.lax.map(lambda chunk: _eval_totals(params, chunk[0], chunk[1], config), (chunks, weights))
-    return jax.tree.map(lambda total: total.sum() / n, totals)
+    return _pad_and_split(batch, n, min(config.eval_batch_size, n))
+
+
+def _evaluate_chunks(params, chunks, config) -> Metrics:
+    return jax.lax.map(lambda chunk: _eval_totals(params, chunk[0], chunk[1], config), chunks)
+
+
+def _evaluate_both(params, train_eval: Batch, validation: Batch, config):
+    """Pass both data sets through one loop if their chunks are alike: a loop of its own for each compiles longer."""
+    batches = {"train_eval": train_eval, "validation": validation}
+    for name, batch in batches.items():
+        _check_data(batch, name, config)
+    chunks = [_eval_chunks(batch, config) for batch in batches.values()]
+    alike = [jax.tree.map(lambda leaf: (leaf.shape[1:], leaf.dtype), each) for each in chunks]
+    if alike[0] != alike[1]:
+        return [evaluate(params, batch, config=config) for batch in batches.values()]
+    totals = _evaluate_chunks(params, jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *chunks), config)
+    border = len(chunks[0][1])
+    return [
+        jax.tree.map(lambda total: total[:border].sum() / len(train_eval.labels), totals),
+        jax.tree.map(lambda total: total[border:].sum() / len(validation.labels), totals),
+    ]
 
 
 def train_epoch(
@@ -424,9 +447,10 @@ def _train_epoch(state, train, key, dropout_rate, *, config):
     keys = split_key(key)
     epoch = state.step // steps
     # jax.random.permutation sorts twice, to break ties that so few draws of 32 bits hardly have.
-    order = jnp.argsort(jax.random.bits(jax.random.fold_in(keys.order, epoch), (n,)))
+    # Each draw of keys takes a tenth of a second to compile, so both are drawn as one.
+    order_key, epoch_key = jax.vmap(jax.random.fold_in, (0, None))(jnp.stack([keys.order, keys.dropout]), epoch)
+    order = jnp.argsort(bits(order_key, (n,)))
     indices, weights = _pad_and_split(order, n, config.batch_size)
-    epoch_key = jax.random.fold_in(keys.dropout, epoch)
     step_keys = jax.vmap(functools.partial(jax.random.fold_in, epoch_key))(jnp.arange(steps))
 
     def step(state, inputs):
@@ -504,16 +528,16 @@ def train_and_evaluate_epoch(
 def _train_and_evaluate_epoch(lane, train, train_eval, validation, key, dropout_rate, *, config):
     state, losses = train_epoch(lane.state, train, key, config=config, dropout_rate=dropout_rate)
     params = evaluated_params(state, config=config)
-    on_train, on_validation = (evaluate(params, batch, config=config) for batch in (train_eval, validation))
+    on_train, on_validation = _evaluate_both(params, train_eval, validation, config)
     history = History(losses.mean(), on_train, on_validation)
 
     finite = jnp.isfinite(losses.mean() + on_train.loss + on_validation.loss)
     # A select for each leaf would take a tenth of the program's compilation.
     state = jax.lax.cond(finite, lambda: state, lambda: lane.state)
-    history = jax.tree.map(lambda leaf: jnp.where(finite, leaf, jnp.nan), history)
+    history = jax.lax.cond(finite, lambda: history, lambda: jax.tree.map(lambda leaf: leaf * jnp.nan, history))
     better = finite & (on_validation.loss < lane.best.loss)
     best = jax.lax.cond(better, lambda: Best(params, on_validation.loss), lambda: lane.best)
-    good_steps = jnp.cumprod(jnp.isfinite(losses)).sum()
+    good_steps = jnp.append(jnp.isfinite(losses), False).argmin()
     return Lane(state, best), Outcome(history, good_steps)
 
 

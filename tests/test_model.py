@@ -7,7 +7,7 @@ import pytest
 
 from fashion_jax import TrainConfig, model
 from fashion_jax.model import Dropout, FashionMLP, draw_masks, init_params, standardise, summary
-from fashion_jax.threefry import uniform
+from fashion_jax.threefry import bits, uniform
 
 KEY = jax.random.key(0)
 
@@ -228,6 +228,7 @@ def test_uniform_is_jax_random_uniform_bit_for_bit(shape, seed):
     key = jax.random.key(seed)
     np.testing.assert_array_equal(uniform(key, shape), jax.random.uniform(key, shape))
     np.testing.assert_array_equal(jax.jit(uniform, static_argnums=1)(key, shape), jax.random.uniform(key, shape))
+    np.testing.assert_array_equal(bits(key, shape), jax.random.bits(key, shape, jnp.uint32))
 
 
 def test_uniform_maps_over_keys_and_serves_other_generators():

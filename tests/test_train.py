@@ -367,16 +367,22 @@ def test_fit_refuses_bad_data(small, spoil, error, message, position, unchecked)
         fit(*data, key=KEY, epochs=1)
 
 
-def test_the_epoch_with_evaluation_is_the_epoch_and_the_evaluations(small):
+# In chunks of 256: whole ones alone, a short one in either set, and sets whose chunks differ.
+@pytest.mark.parametrize("sizes", [(512, 256), (700, 256), (256, 700), (256, 200), (1000, 999)])
+def test_the_epoch_with_evaluation_is_the_epoch_and_the_evaluations(small, sizes):
     data = to_device(small)
-    state = init_state(KEY)
-    expected, losses = train_epoch(state, data, KEY, config=CONFIG, dropout_rate=0.2)
+    train_eval, validation = (Batch(*(leaf[-size:] for leaf in data)) for size in sizes)
+    config = TrainConfig(hidden=(32,), eval_batch_size=256)
+    state = init_state(KEY, config=config)
+    expected, losses = train_epoch(state, data, KEY, config=config, dropout_rate=0.2)
     lane, (history, good_steps) = train_and_evaluate_epoch(
-        start_lane(state), data, data, data, KEY, config=CONFIG, dropout_rate=0.2
+        start_lane(state), data, train_eval, validation, KEY, config=config, dropout_rate=0.2
     )
     assert_trees_close(lane.state.params, expected.params, atol=1e-5)
     assert float(history.running_loss) == pytest.approx(float(losses.mean()), rel=1e-5)
     assert int(good_steps) == len(losses)
+    for found, part in ((history.train, train_eval), (history.validation, validation)):
+        assert_trees_close(found, evaluate(lane.state.params, part, config=config), atol=1e-6)
 
 
 def test_evaluation_inside_a_jit_with_data_from_outside(small):
