@@ -6,8 +6,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 VERSION := $(shell $(PYTHON) -c 'import sys; print(".".join(map(str, sys.version_info[:2])))')
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
-# Python compiles a module when it is first imported; to compile all of them takes as long as the rest of the installation.
+# pip compiles what it has installed on one core, and that takes as long as the rest; Python itself does it on all.
 INSTALL := $(PIP) install --no-compile --constraint constraints.txt
+# A file that does not compile is one for another Python.
+COMPILE := $(BIN)/python -m compileall -qq -j 0 -x '/tests?/' $(VENV)/lib || true
 # Each stamp tells that the environment holds what its name says, for this version of Python.
 INSTALLED := $(VENV)/installed-$(VERSION)
 TEST := $(VENV)/test-$(VERSION)
@@ -68,21 +70,26 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear $(VENV)
 	$(PIP) install --upgrade 'pip>=25.1'
 	$(INSTALL) --editable .
+	$(COMPILE)
 	touch $@
 
 # The tests build the documentation too.
 $(TEST): $(INSTALLED)
 	$(INSTALL) --group test --group docs
+	$(COMPILE)
 	touch $@
 
 $(BENCH): $(INSTALLED)
 	$(INSTALL) --group bench
+	$(COMPILE)
 	touch $@
 
 $(DOCS): $(INSTALLED)
 	$(INSTALL) --group docs
+	$(COMPILE)
 	touch $@
 
 $(LINT): $(INSTALLED)
 	$(INSTALL) --group lint
+	$(COMPILE)
 	touch $@

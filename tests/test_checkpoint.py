@@ -25,7 +25,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from benchmarks.kill_resume import half_written, kill_and_resume
-from fashion_jax import FashionMLP, TrainConfig, fit, train
+from fashion_jax import Batch, FashionMLP, TrainConfig, fit, train
 from fashion_jax.checkpoint import Checkpoints, DamagedError, Store, content_digest, restore
 from fashion_jax.evidence import summarise
 from fashion_jax.signals import noting_signals
@@ -536,15 +536,29 @@ def test_a_function_that_makes_another_network_is_noticed(small, tmp_path, progr
         run(16)
 
 
-@pytest.mark.parametrize("then", [False, True])
-def test_another_precision_is_refused(tmp_path, then):
-    code = "fit(data, data, key=key, epochs=int(sys.argv[2]), checkpoint=sys.argv[1])"
-    wide = "jax.config.update('jax_enable_x64', True)\n"
-    assert run_code(wide * then + code, tmp_path, 1).returncode == 0
-    again = run_code(wide * (not then) + code, tmp_path, 2)
-    assert "another run: state." in again.stderr
-    assert "float64" in again.stderr
-    assert "jax_enable_x64" in again.stderr
+# What `run_code` trains on.
+BLANK = Batch(np.zeros((64, 28, 28), np.uint8), np.arange(64, dtype=np.int32) % 10)
+SAME = {"train": BLANK, "validation": BLANK, "key": jax.random.key(0)}
+WIDE = """
+jax.config.update("jax_enable_x64", True)
+fit(data, data, key=key, epochs=int(sys.argv[2]), checkpoint=sys.argv[1])
+"""
+
+
+def refuses_another_precision(message: str) -> bool:
+    return all(part in message for part in ("another run: state.", "float64", "jax_enable_x64"))
+
+
+def test_another_precision_is_refused(tmp_path):
+    fit(**SAME, epochs=1, checkpoint=tmp_path)
+    assert refuses_another_precision(run_code(WIDE, tmp_path, 2).stderr)
+
+
+def test_less_precision_is_refused(tmp_path):
+    assert run_code(WIDE, tmp_path, 1).returncode == 0
+    with pytest.raises(ValueError, match="another run") as caught:
+        fit(**SAME, epochs=2, checkpoint=tmp_path)
+    assert refuses_another_precision(str(caught.value))
 
 
 def test_names_that_would_be_alike_are_refused():

@@ -31,7 +31,7 @@ ALLOWED = {
     "signals": set(),
     "sweep": {"checkpoint", "config", "data", "model", "signals", "threefry", "train"},
     "threefry": set(),
-    "train": {"augment", "checkpoint", "config", "data", "model", "optimiser", "signals"},
+    "train": {"augment", "checkpoint", "config", "data", "model", "optimiser", "signals", "threefry"},
 }
 # A type lives with the function that makes it; these modules read results and train nothing.
 TYPES_ONLY = {"evidence": {"History"}, "log": {"EpochEnd"}, "plot": {"History"}, "report": {"History", "Metrics"}}
