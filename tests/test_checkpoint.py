@@ -770,9 +770,8 @@ def test_bad_fields_are_refused(tmp_path, small, options, error, message, unchec
 # Numbers that go wrong.
 
 
-@pytest.mark.parametrize("learning_rate", [1e9, 1e30])
-def test_a_loss_that_is_not_finite_stops_the_run(small, learning_rate, tmp_path):
-    config = TrainConfig(learning_rate=learning_rate)
+def test_a_loss_that_is_not_finite_stops_the_run(small, tmp_path):
+    config = TrainConfig(learning_rate=1e9)
     with pytest.raises(
         NonFiniteLossError, match=r"dropout 0\.2: the loss is not finite in step 2 of epoch 1"
     ) as caught:

@@ -1,3 +1,4 @@
+import functools
 import math
 
 import jax
@@ -12,8 +13,12 @@ from fashion_jax.threefry import bits, uniform
 KEY = jax.random.key(0)
 
 
+# Outside a jit, each of the operations would be compiled by itself.
+new_params = jax.jit(init_params, static_argnums=1)
+
+
 def variables(model, images):
-    return model.init(KEY, images, deterministic=True)
+    return jax.jit(functools.partial(model.init, deterministic=True))(KEY, images)
 
 
 def dropout(x, rate, key=KEY):
@@ -125,7 +130,7 @@ def test_deterministic_has_no_default(images):
 
 def test_masks_drawn_ahead_are_the_network_s_own(images):
     config = TrainConfig(input_dropout=0.1)
-    params = init_params(KEY, config)
+    params = new_params(KEY, config)
     model = FashionMLP(dropout_rate=0.3, input_dropout=0.1)
     keys = jax.random.split(KEY, 3)
     drawn = jax.vmap(lambda key: draw_masks(params, key, len(images), config=config, dropout_rate=0.3))(keys)
@@ -139,11 +144,11 @@ def test_masks_drawn_ahead_are_the_network_s_own(images):
 
 def test_masks_that_cannot_be_drawn_ahead_are_left_to_the_network():
     config = TrainConfig()
-    params = init_params(KEY, config)
+    params = new_params(KEY, config)
     assert draw_masks(params, jax.random.key(0, impl="rbg"), 5, config=config, dropout_rate=0.2) == {}
     assert draw_masks(params, KEY, 5, config=TrainConfig(model=FashionMLP), dropout_rate=0.2) == {}
     no_layers = TrainConfig(hidden=())
-    assert draw_masks(init_params(KEY, no_layers), KEY, 5, config=no_layers, dropout_rate=0.2) == {}
+    assert draw_masks(new_params(KEY, no_layers), KEY, 5, config=no_layers, dropout_rate=0.2) == {}
 
 
 def test_no_mask_is_among_the_variables(images):

@@ -59,7 +59,7 @@ def assert_trees_close(first, second, **tolerance):
 
 
 def test_the_stream_for_the_weights_draws_the_weights():
-    expected = init_params(split_key(KEY).init, CONFIG)
+    expected = jax.jit(init_params, static_argnums=1)(split_key(KEY).init, CONFIG)
     assert_trees_close(init_state(KEY).params, expected, rtol=1e-6)
 
 
@@ -367,8 +367,8 @@ def test_fit_refuses_bad_data(small, spoil, error, message, position, unchecked)
         fit(*data, key=KEY, epochs=1)
 
 
-# In chunks of 256: whole ones alone, a short one in either set, and sets whose chunks differ.
-@pytest.mark.parametrize("sizes", [(512, 256), (700, 256), (256, 700), (256, 200), (1000, 999)])
+# In chunks of 256: a short one in each set, in the second alone, and sets whose chunks differ.
+@pytest.mark.parametrize("sizes", [(700, 999), (512, 700), (256, 200)])
 def test_the_epoch_with_evaluation_is_the_epoch_and_the_evaluations(small, sizes):
     data = to_device(small)
     train_eval, validation = (Batch(*(leaf[-size:] for leaf in data)) for size in sizes)
