@@ -366,34 +366,11 @@ def evaluate(params: Params, batch: Batch, *, config: TrainConfig) -> Metrics:
 
 @functools.partial(jax.jit, static_argnames="config")
 def _evaluate(params, batch, *, config):
-    totals = _evaluate_chunks(params, _eval_chunks(batch, config), config)
-    return jax.tree.map(lambda total: total.sum() / len(batch.labels), totals)
-
-
-def _eval_chunks(batch: Batch, config: TrainConfig):
     n = len(batch.labels)
-    return _pad_and_split(batch, n, min(config.eval_batch_size, n))
-
-
-def _evaluate_chunks(params, chunks, config) -> Metrics:
-    return jax.lax.map(lambda chunk: _eval_totals(params, chunk[0], chunk[1], config), chunks)
-
-
-def _evaluate_both(params, train_eval: Batch, validation: Batch, config):
-    """Pass both data sets through one loop if their chunks are alike: a loop of its own for each compiles longer."""
-    batches = {"train_eval": train_eval, "validation": validation}
-    for name, batch in batches.items():
-        _check_data(batch, name, config)
-    chunks = [_eval_chunks(batch, config) for batch in batches.values()]
-    alike = [jax.tree.map(lambda leaf: (leaf.shape[1:], leaf.dtype), each) for each in chunks]
-    if alike[0] != alike[1]:
-        return [evaluate(params, batch, config=config) for batch in batches.values()]
-    totals = _evaluate_chunks(params, jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *chunks), config)
-    border = len(chunks[0][1])
-    return [
-        jax.tree.map(lambda total: total[:border].sum() / len(train_eval.labels), totals),
-        jax.tree.map(lambda total: total[border:].sum() / len(validation.labels), totals),
-    ]
+    size = min(config.eval_batch_size, n)
+    chunks, weights = _pad_and_split(batch, n, size)
+    totals = jax.lax.map(lambda chunk: _eval_totals(params, chunk[0], chunk[1], config), (chunks, weights))
+    return jax.tree.map(lambda total: total.sum() / n, totals)
 
 
 def train_epoch(
@@ -447,7 +424,7 @@ def _train_epoch(state, train, key, dropout_rate, *, config):
     keys = split_key(key)
     epoch = state.step // steps
     # jax.random.permutation sorts twice, to break ties that so few draws of 32 bits hardly have.
-    # Each draw of keys takes a tenth of a second to compile, so both are drawn as one.
+    # Each draw of keys is ten kernels to compile, so both are drawn as one.
     order_key, epoch_key = jax.vmap(jax.random.fold_in, (0, None))(jnp.stack([keys.order, keys.dropout]), epoch)
     order = jnp.argsort(bits(order_key, (n,)))
     indices, weights = _pad_and_split(order, n, config.batch_size)
@@ -528,7 +505,7 @@ def train_and_evaluate_epoch(
 def _train_and_evaluate_epoch(lane, train, train_eval, validation, key, dropout_rate, *, config):
     state, losses = train_epoch(lane.state, train, key, config=config, dropout_rate=dropout_rate)
     params = evaluated_params(state, config=config)
-    on_train, on_validation = _evaluate_both(params, train_eval, validation, config)
+    on_train, on_validation = (evaluate(params, batch, config=config) for batch in (train_eval, validation))
     history = History(losses.mean(), on_train, on_validation)
 
     finite = jnp.isfinite(losses.mean() + on_train.loss + on_validation.loss)
