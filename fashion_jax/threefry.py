@@ -48,6 +48,8 @@ def bits(key: Key[Array, ""], shape: tuple[int, ...]) -> UInt32[Array, "..."]:
 def uniform(key: Key[Array, ""], shape: tuple[int, ...]) -> Float32[Array, "..."]:
     """Draw float32 numbers from U[0, 1): the same as `jax.random.uniform(key, shape, jax.numpy.float32)`.
 
+    They are the upper 23 of the `bits` of each.
+
     Args:
         key: One typed key.
         shape: Shape of the result.

@@ -240,7 +240,7 @@ def negative_log_likelihood(
     >>> f"{loss[0]:.4f}"
     '1.3863'
     """
-    # A sum over the row picks the same number as an index, and its gradient needs no scatter, which is slow to compile.
+    # A sum over the row picks the same number as an index, and its gradient needs no scatter: fewer kernels to compile.
     chosen = jnp.asarray(labels)[:, None] == jnp.arange(log_probs.shape[1])[None]
     return -jnp.where(chosen.any(axis=1), jnp.where(chosen, log_probs, 0).sum(axis=1), jnp.nan)
 
@@ -424,7 +424,7 @@ def _train_epoch(state, train, key, dropout_rate, *, config):
     keys = split_key(key)
     epoch = state.step // steps
     # jax.random.permutation sorts twice, to break ties that so few draws of 32 bits hardly have.
-    # Each draw of keys is ten kernels to compile, so both are drawn as one.
+    # Both keys are drawn as one, which is fewer kernels to compile.
     order_key, epoch_key = jax.vmap(jax.random.fold_in, (0, None))(jnp.stack([keys.order, keys.dropout]), epoch)
     order = jnp.argsort(bits(order_key, (n,)))
     indices, weights = _pad_and_split(order, n, config.batch_size)
@@ -514,6 +514,7 @@ def _train_and_evaluate_epoch(lane, train, train_eval, validation, key, dropout_
     history = jax.lax.cond(finite, lambda: history, lambda: jax.tree.map(lambda leaf: leaf * jnp.nan, history))
     better = finite & (on_validation.loss < lane.best.loss)
     best = jax.lax.cond(better, lambda: Best(params, on_validation.loss), lambda: lane.best)
+    # What is appended is found where every loss is finite.
     good_steps = jnp.append(jnp.isfinite(losses), False).argmin()
     return Lane(state, best), Outcome(history, good_steps)
 

@@ -430,7 +430,7 @@ assert jax.config.jax_enable_x64
 rng = np.random.default_rng(0)
 batch = Batch(rng.integers(256, size=(50, 28, 28), dtype=np.uint8), rng.integers(10, size=50))
 rest, held_out = data.hold_out(batch, 0.2, key=jax.random.key(0))
-config = TrainConfig(hidden=(8,))
+config = TrainConfig(hidden=(8,), batch_size=8)
 close = sweep(rest, held_out, seeds=[0], dropout_rates=[0.2, 0.2 + 1e-12], epochs=1, config=config)
 assert len(close.history.running_loss) == 2
 one = fit(rest, held_out, key=jax.random.key(0), dropout_rate=0.2, epochs=2, config=config)
@@ -438,6 +438,11 @@ many = sweep(rest, held_out, seeds=[0], dropout_rates=[0.2], epochs=2, config=co
 assert {leaf.dtype for leaf in jax.tree.leaves(many.history)} == {np.dtype(np.float64)}
 assert one.state.params["fc1"]["kernel"].dtype == np.float64
 np.testing.assert_allclose(many.history.validation.loss[0, 0], one.history.validation.loss, rtol=1e-12)
+with jax.enable_x64(False):
+    narrow = fit(rest, held_out, key=jax.random.key(0), dropout_rate=0.2, epochs=2, config=config)
+assert narrow.state.params["fc1"]["kernel"].dtype == np.float32
+# The same weights, order and masks, so that only rounding differs.
+np.testing.assert_allclose(one.history.running_loss, narrow.history.running_loss, rtol=1e-5)
 """
     environment = os.environ | {"JAX_ENABLE_X64": "1"}
     command = [sys.executable, "-W", "error", "-c", code]
