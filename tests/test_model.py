@@ -241,7 +241,11 @@ def test_uniform_maps_over_keys_and_serves_other_generators():
     expected = np.stack([jax.random.uniform(key, (9,)) for key in keys])
     np.testing.assert_array_equal(jax.vmap(lambda key: uniform(key, (9,)))(keys), expected)
     other = jax.random.key(0, impl="rbg")
-    np.testing.assert_array_equal(uniform(other, (9,)), jax.random.uniform(other, (9,)))
+    # With 64-bit numbers too, where JAX would draw bits twice as wide.
+    for wide in (False, True):
+        with jax.enable_x64(wide):
+            np.testing.assert_array_equal(uniform(other, (9,)), jax.random.uniform(other, (9,), jnp.float32))
+            assert bits(other, (9,)).dtype == bits(KEY, (9,)).dtype == jnp.uint32
 
 
 def test_uniform_is_jax_random_uniform_with_its_older_counters():
