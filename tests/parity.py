@@ -1,7 +1,7 @@
 """Run both programs side by side: the same weights, batches and dropout masks, step by step.
 
-`test_parity.py` calls it; as a script, `JAX_ENABLE_X64=1 python tests/parity.py RATE STEPS`, it runs in double
-precision and prints what it measured as JSON.
+`test_parity.py` calls it; as a script, `JAX_ENABLE_X64=1 python tests/parity.py STEPS RATE...`, it runs in double
+precision and prints what it measured, a line of JSON for each dropout rate.
 """
 
 import contextlib
@@ -170,4 +170,5 @@ def compare(rate: float, steps: int) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(compare(float(sys.argv[1]), int(sys.argv[2]))))
+    for rate in sys.argv[2:]:
+        print(json.dumps(compare(float(rate), int(sys.argv[1]))))

@@ -11,7 +11,7 @@ import sys
 import jax
 import numpy as np
 
-from fashion_jax import data
+from fashion_jax import TrainConfig, data
 from fashion_jax import sweep as sweeps
 from fashion_jax.sweep import join_machines, sweep
 
@@ -34,8 +34,9 @@ def main(devices: str, output: str, *machines: str) -> None:
         if end.epoch == 1 and os.environ.get("DIE") == str(jax.process_index()):
             os.kill(os.getpid(), signal.SIGKILL)
 
+    config = TrainConfig(hidden=(int(os.environ["HIDDEN"]),)) if "HIDDEN" in os.environ else TrainConfig()
     options = {"seeds": SEEDS, "dropout_rates": RATES, "epochs": EPOCHS, "checkpoint": os.environ.get("CHECKPOINT")}
-    run = sweep(train, validation, on_epoch=on_epoch, **options)
+    run = sweep(train, validation, config=config, on_epoch=on_epoch, **options)
     leaves = [np.asarray(leaf) for leaf in jax.tree.leaves((run.history, run.state.params))]
     np.savez(output, *leaves)
     print(f"{jax.process_count()} processes, {jax.device_count()} devices", flush=True)

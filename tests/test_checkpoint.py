@@ -109,7 +109,7 @@ def test_a_finished_run_comes_back_without_training(small, tmp_path):
 
 
 def test_a_resumed_sweep_ends_with_the_same_bytes(small, tmp_path, caplog):
-    options = {"seeds": [0, 5], "dropout_rates": [0.0, 0.5, 0.2], "epochs": 3}
+    options = {"seeds": [0, 5], "dropout_rates": [0.0, 0.5, 0.2], "config": TrainConfig(hidden=(16,)), "epochs": 3}
     whole = sweep(small, small, **options)
     sweep(small, small, **options, checkpoint=tmp_path / "a", on_epoch=stop_after(2))
     shutil.copytree(tmp_path / "a", tmp_path / "b")
@@ -123,7 +123,8 @@ def test_a_resumed_sweep_ends_with_the_same_bytes(small, tmp_path, caplog):
 
 
 def test_each_size_has_a_directory(small, tmp_path):
-    options = {"seeds": [0], "dropout_rates": [0.2], "epochs": 2, "train_sizes": [100, 300]}
+    options = {"seeds": [0], "dropout_rates": [0.2], "config": TrainConfig(hidden=(8,)), "epochs": 2}
+    options |= {"train_sizes": [100, 300]}
     whole = sweep(small, small, **options)
     run = sweep(small, small, **options, checkpoint=tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["100-images", "300-images"]
@@ -187,7 +188,7 @@ def test_other_data_and_other_programs_are_refused(small, splits, tmp_path):
     ],
 )
 def test_a_sweep_whose_seeds_mean_other_draws_is_refused(small, tmp_path, name, value, message):
-    options = {"seeds": [0], "dropout_rates": [0.2], "checkpoint": tmp_path}
+    options = {"seeds": [0], "dropout_rates": [0.2], "config": TrainConfig(hidden=(8,)), "checkpoint": tmp_path}
     sweep(small, small, **options, epochs=1)
     before = getattr(jax.config, name)
     try:
@@ -199,9 +200,10 @@ def test_a_sweep_whose_seeds_mean_other_draws_is_refused(small, tmp_path, name, 
 
 
 def test_another_matmul_precision_is_told(small, tmp_path, caplog):
-    fit(small, small, key=KEY, epochs=1, checkpoint=tmp_path)
+    options = {"key": KEY, "config": TrainConfig(hidden=(8,)), "checkpoint": tmp_path}
+    fit(small, small, **options, epochs=1)
     with jax.default_matmul_precision("highest"), caplog.at_level(logging.INFO, logger="fashion_jax"):
-        fit(small, small, key=KEY, epochs=2, checkpoint=tmp_path)
+        fit(small, small, **options, epochs=2)
     told = "jax_default_matmul_precision was None and is highest: going on within rounding, not bit by bit"
     assert told in caplog.messages
 

@@ -133,7 +133,8 @@ def test_masks_drawn_ahead_are_the_network_s_own(images):
     params = new_params(KEY, config)
     model = FashionMLP(dropout_rate=0.3, input_dropout=0.1)
     keys = jax.random.split(KEY, 3)
-    drawn = jax.vmap(lambda key: draw_masks(params, key, len(images), config=config, dropout_rate=0.3))(keys)
+    draw = jax.vmap(lambda key: draw_masks(params, key, len(images), config=config, dropout_rate=0.3))
+    drawn = jax.jit(draw)(keys)
     assert set(drawn["masks"]) == {"dropout0", "dropout1", "dropout2", "dropout3"}
     for i, key in enumerate(keys):
         expected = model.apply({"params": params}, images, deterministic=False, rngs={"dropout": key})
@@ -154,9 +155,10 @@ def test_masks_that_cannot_be_drawn_ahead_are_left_to_the_network():
 def test_no_mask_is_among_the_variables(images):
     keys = {"params": KEY, "dropout": KEY}
     model = FashionMLP(dropout_rate=0.5)
-    initial = model.init(keys, images, deterministic=False)
+    initial = jax.eval_shape(lambda: model.init(keys, images, deterministic=False))
     assert set(initial) == {"params"}
-    _, changed = model.apply(initial, images, deterministic=False, rngs=keys, mutable=True)
+    apply = functools.partial(model.apply, deterministic=False, rngs=keys, mutable=True)
+    _, changed = jax.eval_shape(apply, initial, images)
     assert set(changed) == {"params"}
 
 

@@ -329,7 +329,7 @@ def test_the_example_compares_both_arms_on_the_real_data(tmp_path):
 
 
 def test_the_example_compares_with_the_last_rate_that_drops_something(tmp_path):
-    flags = ("--epochs", 1, "--seeds", 2, "--train-size", 500, "--rates", 0.5, 0, "--output", tmp_path)
+    flags = ("--epochs", 1, "--seeds", 2, "--train-size", 5000, "--rates", 0.5, 0, "--output", tmp_path)
     result = run_example(*flags)
     assert result.returncode == 0, result.stderr
     results = json.loads((tmp_path / "history.json").read_text())
@@ -380,7 +380,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
-    command = [sys.executable, "-c", start, str(EXAMPLE), "--epochs", "100000", "--seeds", "2", "--train-size", "500"]
+    command = [sys.executable, "-c", start, str(EXAMPLE), "--epochs", "100000", "--seeds", "2", "--train-size", "5000"]
     process = subprocess.Popen(
         [*command, "--output", str(tmp_path)],
         stdout=subprocess.PIPE,

@@ -61,7 +61,7 @@ def sweep_all(small, validation, **options):
     return sweep(small, validation, **options)
 
 
-@pytest.mark.parametrize("lanes_at_once", [None, 1, 2, 4, 100])
+@pytest.mark.parametrize("lanes_at_once", [None, 1, 4, 100])
 def test_a_lane_is_a_run(small, validation, expected, lanes_at_once):
     """4 does not divide the 6 lanes; 100 are more than there are."""
     run = sweep_all(small, validation, lanes_at_once=lanes_at_once)
@@ -117,17 +117,16 @@ def assert_file_holds(path: Path, expected):
     assert_close(leaves, jax.tree.leaves((expected.history, expected.state.params)), **CLOSE)
 
 
-@pytest.mark.parametrize("devices", [1, 4, 8])
-def test_any_number_of_devices_gives_the_same_history(devices, expected, tmp_path, worker):
-    """4 and 8 devices do not divide 6 lanes."""
-    process = worker(devices, tmp_path / "run.npz")
+def test_more_devices_than_lanes_give_the_same_history(expected, tmp_path, worker):
+    process = worker(8, tmp_path / "run.npz")
     out, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
-    assert out == f"1 processes, {devices} devices\n"
+    assert out == "1 processes, 8 devices\n"
     assert_file_holds(tmp_path / "run.npz", expected)
 
 
 def test_two_processes_give_the_same_history(expected, tmp_path, worker):
+    """Their 4 devices do not divide the 6 lanes."""
     address = f"127.0.0.1:{free_port()}"
     processes = [worker(2, tmp_path / f"{i}.npz", address, 2, i) for i in range(2)]
     for i, process in enumerate(processes):
@@ -140,7 +139,7 @@ def test_two_processes_give_the_same_history(expected, tmp_path, worker):
 @pytest.mark.usefixtures("compiled_apart")
 def test_a_process_that_dies_ends_the_others(tmp_path, worker):
     address = f"127.0.0.1:{free_port()}"
-    processes = [worker(2, tmp_path / f"{i}.npz", address, 2, i, DIE="1") for i in range(2)]
+    processes = [worker(1, tmp_path / f"{i}.npz", address, 2, i, DIE="1", HIDDEN="8") for i in range(2)]
     _, errors = processes[0].communicate(timeout=120)
     processes[1].communicate(timeout=10)
     assert processes[0].returncode not in (0, None)
@@ -164,12 +163,13 @@ def test_a_sweep_goes_on_with_other_devices_and_processes(expected, tmp_path, wo
 
 
 def test_sizes_are_nested_and_have_an_axis_of_their_own(small, validation):
-    run = sweep_all(small, validation, train_sizes=[100, 1_000])
+    config = TrainConfig(hidden=(16,))
+    run = sweep_all(small, validation, train_sizes=[100, 1_000], config=config)
     assert run.history.validation.loss.shape == (2, 2, 3, 2)
     assert run.state.step[:, 0, 0].tolist() == [4, 32]
     for i, size in enumerate((100, 1_000)):
         part = data.subset(small, size, key=jax.random.key(0))
-        alone = fit(part, validation, key=jax.random.key(3), dropout_rate=0.5, epochs=2)
+        alone = fit(part, validation, key=jax.random.key(3), config=config, dropout_rate=0.5, epochs=2)
         assert_close(jax.tree.map(lambda leaf, i=i: leaf[i, 1, 1], run.history), alone.history, **CLOSE)
 
 
@@ -198,7 +198,8 @@ def test_no_size_starts_after_ctrl_c(small, validation, at, complete):
         if ends[-1] == (200, at):
             signal.raise_signal(signal.SIGINT)
 
-    run = sweep_all(small, validation, train_sizes=[100, 200, 300], on_epoch=interrupt)
+    config = TrainConfig(hidden=(8,))
+    run = sweep_all(small, validation, train_sizes=[100, 200, 300], config=config, on_epoch=interrupt)
     assert ends[-1] == (200, at)
     assert run.history.running_loss.shape == (complete, 2, 3, 2)
 
