@@ -1,5 +1,6 @@
 """Run a set of benchmarks one after the other: ten minutes of them on two cores, or those for an accelerator."""
 
+import contextlib
 import dataclasses
 import os
 import subprocess
@@ -10,6 +11,7 @@ from typing import Annotated, Literal
 import tyro
 
 from benchmarks import harness
+from fashion_jax.script import INTERRUPTED
 
 # Of each set, the benchmarks and their flags.
 SETS: dict[str, dict[str, tuple[str, ...]]] = {
@@ -49,9 +51,19 @@ def main(flags: Flags) -> int:
             command += ["--data-dir", str(flags.data_dir)]
         if flags.output is not None:
             command += ["--output", str(flags.output)]
-        if status := subprocess.run(command, env=environment, check=False).returncode:
+        with subprocess.Popen(command, env=environment) as process:
+            try:
+                status = process.wait()
+            except KeyboardInterrupt:
+                # A terminal interrupts it too, but it would finish the compiled program that is under way.
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout=1)
+                process.kill()
+                status = INTERRUPTED
+        if status:
+            end = "was stopped" if status == INTERRUPTED else "failed"
             rest = ", ".join(list(benchmarks)[number:]) or "none"
-            print(f"{name} failed; not run: {rest} (each by itself: python -m benchmarks.NAME --help)", file=sys.stderr)
+            print(f"{name} {end}; not run: {rest} (each by itself: python -m benchmarks.NAME --help)", file=sys.stderr)
             # One that a signal ended has a negative status.
             return max(status, 1)
     return 0

@@ -1,11 +1,16 @@
 """What the benchmarks measure with: turns, summaries, counts of operations, and PyTorch's loops."""
 
+import os
+import signal
+import threading
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 
+from benchmarks import __main__ as all_benchmarks
 from benchmarks import harness, roofline, throughput
 from benchmarks.reference import FastLoop, TutorialLoop
 from fashion_jax import Batch, TrainConfig
@@ -20,6 +25,17 @@ def test_programs_are_timed_in_turns():
     seconds = harness.alternate({name: lambda name=name: order.append(name) for name in "abc"}, 2)
     assert "".join(order) == "abcabc"
     assert {name: len(runs) for name, runs in seconds.items()} == {"a": 2, "b": 2, "c": 2}
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_ctrl_c_tells_which_benchmarks_are_left(tmp_path, capsys):
+    """As a terminal sends it to the process that starts them as well."""
+    timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    assert all_benchmarks.main(all_benchmarks.Flags(output=tmp_path)) == 130
+    rest = "lanes, roofline, startup, rounding, predict (each by itself: python -m benchmarks.NAME --help)"
+    assert capsys.readouterr().err == f"throughput, 1 of 6\nthroughput was stopped; not run: {rest}\n"
+    assert not list(tmp_path.iterdir())
 
 
 def test_timings_are_summarised_by_median_and_range():
