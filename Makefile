@@ -6,9 +6,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 VERSION := $(shell $(PYTHON) -c 'import sys; print(".".join(map(str, sys.version_info[:2])))')
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
-# pip compiles what it has installed on one core, and that takes as long as the rest; Python itself does it on all.
-INSTALL := $(PIP) install --no-compile --constraint constraints.txt
-# A file that does not compile is one for another Python.
+INSTALL := $(PIP) install --constraint constraints.txt
+# pip compiles what it has installed on one core. Where that is much, Python itself does it sooner, on all of them; a file
+# that does not compile is one for another Python.
 COMPILE := $(BIN)/python -m compileall -qq -j 0 -x '/tests?/' $(VENV)/lib || true
 # Each stamp tells that the environment holds what its name says, for this version of Python.
 INSTALLED := $(VENV)/installed-$(VERSION)
@@ -69,27 +69,25 @@ clean:
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear $(VENV)
 	$(PIP) install --upgrade 'pip>=25.1'
-	$(INSTALL) --editable .
+	$(INSTALL) --no-compile --editable .
 	$(COMPILE)
 	touch $@
 
 # The tests build the documentation too.
 $(TEST): $(INSTALLED)
-	$(INSTALL) --group test --group docs
+	$(INSTALL) --no-compile --group test --group docs
 	$(COMPILE)
 	touch $@
 
 $(BENCH): $(INSTALLED)
-	$(INSTALL) --group bench
+	$(INSTALL) --no-compile --group bench
 	$(COMPILE)
 	touch $@
 
 $(DOCS): $(INSTALLED)
 	$(INSTALL) --group docs
-	$(COMPILE)
 	touch $@
 
 $(LINT): $(INSTALLED)
 	$(INSTALL) --group lint
-	$(COMPILE)
 	touch $@
