@@ -75,6 +75,7 @@ def test_a_new_optimiser(small):
     expected = jax.tree.map(lambda leaf, grad: leaf - 0.1 * grad, state.params, jax.grad(mean_loss)(state.params))
     for found, leaf in zip(jax.tree.leaves(after.params), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(found, leaf, atol=1e-6)
+    assert fit(small, small, key=KEY, config=config, epochs=3).history.validation.accuracy[-1] > 0.6
 
 
 def test_a_new_data_set_with_other_classes(small):

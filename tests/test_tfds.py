@@ -1,4 +1,4 @@
-"""The data set as TFDS prepares it, without TensorFlow: made once, by three processes at the same time, then read.
+"""The data set as TFDS prepares it, without TensorFlow: made once, by four processes at the same time, then read.
 
 One file, because the tests of a file run in one process: what takes longest here is to prepare it.
 """
@@ -24,7 +24,7 @@ def names(directory: Path) -> list[str]:
 
 
 class Prepared(NamedTuple):
-    """The home of a user whose three processes have downloaded and prepared the data set, and how they ended."""
+    """The home of a user whose four processes have downloaded and prepared the data set, and how they ended."""
 
     home: Path
     ends: list
@@ -35,9 +35,9 @@ class Prepared(NamedTuple):
 def prepared(server, tmp_path_factory) -> Prepared:
     home = tmp_path_factory.mktemp("prepared") / "größe 1 データ"
     home.mkdir()
-    processes = [start_load(home, url=server.url, source="download") for _ in range(3)]
+    processes = [start_load(home, url=server.url, source="download") for _ in range(4)]
     ends = [finish(process) for process in processes]
-    assert [end.returncode for end in ends] == [0] * 3, ends
+    assert [end.returncode for end in ends] == [0] * 4, ends
     return Prepared(home, ends, list(server.requests))
 
 
@@ -88,15 +88,15 @@ def test_a_damaged_record_file_is_found(prepared, tmp_path, damage):
     assert not (tmp_path / ".cache").exists()
 
 
-def test_three_processes_at_once_from_nothing_make_one_copy(prepared):
+def test_four_processes_at_once_from_nothing_make_one_copy(prepared):
     downloads = [end for end in prepared.ends if "downloading Fashion-MNIST" in end.stderr]
     assert len(downloads) == 1
     assert sorted(line.split()[1] for line in prepared.requests if line.startswith("GET")) == sorted(
         f"/{name}.gz" for name in data.DIGESTS
     )
     others = [end for end in prepared.ends if end not in downloads]
-    assert ["another process has prepared it meanwhile" in end.stderr for end in others] == [True] * 2
-    assert [end.stdout.splitlines()[-1] for end in prepared.ends] == ["(60000, 28, 28) int32"] * 3
+    assert ["another process has prepared it meanwhile" in end.stderr for end in others] == [True] * 3
+    assert [end.stdout.splitlines()[-1] for end in prepared.ends] == ["(60000, 28, 28) int32"] * 4
     assert names(prepared.home / "tensorflow_datasets") == ["fashion_mnist"]
     assert names(prepared.home / "tensorflow_datasets" / "fashion_mnist") == ["3.0.1"]
     assert names(prepared.home / ".cache" / "fashion_jax") == sorted(data.DIGESTS)
