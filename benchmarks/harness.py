@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import functools
 import gc
 import json
 import re
@@ -10,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import jax
 import tyro
@@ -21,6 +22,7 @@ from fashion_jax.script import run_script
 
 RECORDS = Path(__file__).parent / "records"
 Row = dict[str, Any]
+T = TypeVar("T")
 
 
 def start(main: Callable[[Any], int | None], flags: type, description: str | None) -> NoReturn:
@@ -85,24 +87,28 @@ def use_device(device: str) -> str:
     return "cuda"
 
 
-def alternate(programs: Mapping[str, Callable[[], object]], repetitions: int) -> dict[str, list[float]]:
-    """Time programs in turns, A B C A B C ..., so that a drift of the machine's speed meets all of them.
+def take_turns(programs: Mapping[str, Callable[[], T]], repetitions: int) -> dict[str, list[T]]:
+    """Run programs in turns, A B C A B C ..., so that a drift of the machine's speed meets all of them.
 
     Args:
         programs: Each returns when its work is done.
-        repetitions: Timed runs of each; they should have run once before.
+        repetitions: Runs of each; they should have run once before.
 
     Returns:
-        Seconds of each run.
+        What each run returned.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in programs}
+    results: dict[str, list[T]] = {name: [] for name in programs}
     for _ in range(repetitions):
         for name, program in programs.items():
             gc.collect()
-            start = time.perf_counter()
-            program()
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
+            results[name].append(program())
+    return results
+
+
+def alternate(programs: Mapping[str, Callable[[], object]], repetitions: int) -> dict[str, list[float]]:
+    """Time programs in turns, as `take_turns` runs them; return the seconds of each run."""
+    runs = take_turns({name: functools.partial(timed, program) for name, program in programs.items()}, repetitions)
+    return {name: [seconds for _, seconds in pairs] for name, pairs in runs.items()}
 
 
 def timed(program: Callable[[], Any]) -> tuple[Any, float]:

@@ -26,7 +26,7 @@ class Flags:
     """Where both sides run."""
     lanes: tuple[int, ...] = (2, 16)
     """Lanes of each sweep, even numbers: half of them without dropout, half with 0.2."""
-    repetitions: int = 5
+    repetitions: int = 4
     """Timed epochs of each program, in turns; each run starts with an epoch that is not timed."""
     data_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Directory with the data set."""
@@ -75,10 +75,7 @@ def main(flags: Flags) -> None:
     for name, program in programs.items():
         program()
         memory[name] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    seconds: dict[str, list[float]] = {name: [] for name in programs}
-    for _ in range(flags.repetitions):
-        for name, program in programs.items():
-            seconds[name].append(program())
+    seconds = harness.take_turns(programs, flags.repetitions)
 
     rows: list[harness.Row] = []
     for name, runs in seconds.items():

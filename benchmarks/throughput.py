@@ -6,7 +6,7 @@ import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal, Protocol
+from typing import Annotated, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -52,24 +52,36 @@ class Flags:
     """Folder for the record; by default benchmarks/records/<date>-<device>."""
 
 
+class Turn(NamedTuple):
+    """What a program did in its turn.
+
+    Attributes:
+        loss: Mean of the batch losses of the epoch.
+        training: Seconds of an epoch's training alone.
+        both: Seconds of an epoch's training and the two evaluations that `fit` makes.
+    """
+
+    loss: float
+    training: float
+    both: float
+
+
 class Program(Protocol):
-    """Trains one epoch a call and returns the mean of the batch losses."""
+    """Trains for an epoch and evaluates, each time that it is its turn."""
 
-    def epoch(self) -> float: ...
-
-    def measure(self) -> object: ...
+    def turn(self) -> Turn: ...
 
 
 class Torch:
-    """A PyTorch loop, and the two evaluations that `fit` makes."""
+    """A PyTorch loop."""
 
     def __init__(self, loop: TutorialLoop | FastLoop, train_eval: Batch, test: Batch):
         self.loop, self.parts = loop, (train_eval, test)
-        self.epoch = loop.epoch
 
-    def measure(self) -> object:
-        loss = self.loop.epoch()
-        return loss, [self.loop.evaluate(part) for part in self.parts]
+    def turn(self) -> Turn:
+        loss, training = harness.timed(self.loop.epoch)
+        _, evaluation = harness.timed(lambda: [self.loop.evaluate(part) for part in self.parts])
+        return Turn(loss, training, training + evaluation)
 
 
 class JaxSteps:
@@ -80,7 +92,12 @@ class JaxSteps:
         self.key = jax.random.key(0)
         self.state = init_state(self.key, config=config)
 
-    def epoch(self) -> float:
+    def turn(self) -> Turn:
+        loss, training = harness.timed(self._epoch)
+        _, evaluation = harness.timed(self._evaluate)
+        return Turn(loss, training, training + evaluation)
+
+    def _epoch(self) -> float:
         self.key, order_key, dropout_key = jax.random.split(self.key, 3)
         order = jax.random.permutation(order_key, len(self.train.labels))
         losses = []
@@ -92,25 +109,29 @@ class JaxSteps:
             losses.append(metrics.loss)
         return jnp.stack(losses).mean().item()
 
-    def measure(self) -> object:
-        loss = self.epoch()
-        return loss, jax.device_get([evaluate(self.state.params, part, config=self.config) for part in self.parts])
+    def _evaluate(self) -> object:
+        return jax.device_get([evaluate(self.state.params, part, config=self.config) for part in self.parts])
 
 
 class JaxFit:
-    """What `fit` runs: the whole epoch as one compiled program."""
+    """What `fit` runs: an epoch as one compiled program. With both evaluations it is another, for one more epoch."""
 
     def __init__(self, train: Batch, train_eval: Batch, test: Batch, config: TrainConfig):
         self.data, self.config = (train, train_eval, test), config
         self.key = jax.random.key(0)
         self.lane = start_lane(init_state(self.key, config=config))
 
-    def epoch(self) -> float:
+    def turn(self) -> Turn:
+        loss, training = harness.timed(self._epoch)
+        _, both = harness.timed(self._epoch_and_evaluations)
+        return Turn(loss, training, both)
+
+    def _epoch(self) -> float:
         state, losses = train_epoch(self.lane.state, self.data[0], self.key, config=self.config, dropout_rate=RATE)
         self.lane = self.lane._replace(state=state)
         return losses.mean().item()
 
-    def measure(self) -> object:
+    def _epoch_and_evaluations(self) -> object:
         self.lane, outcome = train_and_evaluate_epoch(
             self.lane, *self.data, self.key, config=self.config, dropout_rate=RATE
         )
@@ -151,25 +172,24 @@ def main(flags: Flags) -> None:
             makers["PyTorch, the tutorial's loop"] = lambda size=size: Torch(
                 TutorialLoop(splits.train, dropout_rate=RATE, batch_size=size), train_eval, splits.test
             )
-        programs, first_loss, first_seconds = {}, {}, {}
+        programs, first = {}, {}
         for name, make in makers.items():
             programs[name] = make()
-            first_loss[name], first_seconds[name] = harness.timed(programs[name].epoch)
-            programs[name].measure()
-        low, high = band(size, first_loss["PyTorch, in memory, fused Adam"])
-        trains = {name: low <= loss <= high for name, loss in first_loss.items()}
-        for what, method in (("training", "epoch"), ("training and evaluation", "measure")):
-            seconds = harness.alternate(
-                {name: getattr(program, method) for name, program in programs.items() if trains[name]},
-                flags.repetitions,
-            )
-            for name, loss in first_loss.items():
-                row: harness.Row = {"batch size": size, "what": what, "program": name, "loss after 1 epoch": loss}
+            first[name] = programs[name].turn()
+        low, high = band(size, first["PyTorch, in memory, fused Adam"].loss)
+        trains = {name: low <= turn.loss <= high for name, turn in first.items()}
+        turns = harness.take_turns(
+            {name: program.turn for name, program in programs.items() if trains[name]}, flags.repetitions
+        )
+        for what, attribute in (("training", "training"), ("training and evaluation", "both")):
+            seconds = {name: [getattr(turn, attribute) for turn in runs] for name, runs in turns.items()}
+            for name, turn in first.items():
+                row: harness.Row = {"batch size": size, "what": what, "program": name, "loss after 1 epoch": turn.loss}
                 if not trains[name]:
                     rows.append(row | {"refused": f"its loss is outside {low:.4f}..{high:.4f}"})
                     continue
                 timing = harness.spread(seconds[name])
-                row |= {"images/s": n / timing["median (s)"], **timing, "first epoch (s)": first_seconds[name]}
+                row |= {"images/s": n / timing["median (s)"], **timing, "first epoch (s)": turn.training}
                 others = [name for name in seconds if name.startswith("PyTorch, in") or "compiled" in name]
                 # Pair by pair, so that a drift of the machine cancels.
                 best = min(others, key=lambda name: harness.spread(seconds[name])["median (s)"])

@@ -27,6 +27,19 @@ def test_programs_are_timed_in_turns():
     assert {name: len(runs) for name, runs in seconds.items()} == {"a": 2, "b": 2, "c": 2}
 
 
+def test_a_turn_is_an_epoch_and_its_evaluations(small):
+    part = Batch(*(jnp.array(leaf[:50]) for leaf in small))
+    config = TrainConfig(hidden=(8,), batch_size=20)
+    steps, fit = (kind(part, part, part, config) for kind in (throughput.JaxSteps, throughput.JaxFit))
+    turns = harness.take_turns({"steps": steps.turn, "fit": fit.turn}, 2)
+    # With the evaluations `fit` runs another program, which trains for another epoch.
+    assert (int(steps.state.step), int(fit.lane.state.step)) == (6, 12)
+    for runs in turns.values():
+        assert 0 < runs[1].loss < runs[0].loss
+        assert all(turn.training > 0 and turn.both > 0 for turn in runs)
+    assert all(turn.training < turn.both for turn in turns["steps"])
+
+
 @pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_tells_which_benchmarks_are_left(tmp_path, capsys, monkeypatch):
     """As a terminal sends it to the process that starts them as well."""
