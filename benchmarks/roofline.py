@@ -17,6 +17,7 @@ from benchmarks import harness
 from fashion_jax import Batch, TrainConfig, load, model, train
 from fashion_jax.train import evaluate, init_state, train_epoch, train_eval_part, train_step
 
+WIDTHS = (784, *TrainConfig().hidden, 10)
 # XLA hands to this library those products that come in a layout which it knows, and computes the others itself.
 WITHOUT_YNNPACK: dict[str, Any] = {"xla_cpu_experimental_ynn_fusion_type": ""}
 
@@ -33,10 +34,9 @@ class Flags:
     """Folder for the record; by default benchmarks/records/<date>-<device>."""
 
 
-def flop_of_an_epoch(n: int, widths: tuple[int, ...] = (784, 256, 128, 64, 10)) -> float:
-    """Count the matrix products: forward, weight gradients, and input gradients of all layers but the first."""
-    weights = [a * b for a, b in itertools.pairwise(widths)]
-    return 2.0 * n * (2 * sum(weights) + sum(weights[1:]))
+def flop_of_an_epoch(n: int, widths: tuple[int, ...] = WIDTHS) -> list[float]:
+    """Count each layer's matrix products: forward, weight gradient, and input gradient of all layers but the first."""
+    return [2.0 * n * a * b * (2 if layer == 0 else 3) for layer, (a, b) in enumerate(itertools.pairwise(widths))]
 
 
 def gemm_rate(size: int):
@@ -48,8 +48,7 @@ def gemm_rate(size: int):
 
 def matrix_products(config: TrainConfig, steps: int):
     """Make a program of an epoch's matrix products alone, each feeding the next step through the weights."""
-    widths = (784, *config.hidden, 10)
-    weights = [jnp.full(shape, 0.01) for shape in itertools.pairwise(widths)]
+    weights = [jnp.full(shape, 0.01) for shape in itertools.pairwise(WIDTHS)]
     x = jnp.ones((config.batch_size, 784))
 
     @jax.jit
@@ -67,6 +66,28 @@ def matrix_products(config: TrainConfig, steps: int):
         return jax.lax.scan(step, weights, None, length=steps)[0]
 
     return lambda: jax.block_until_ready(run(weights))
+
+
+def layer_products(shape: tuple[int, int], batch_size: int, steps: int, *, first: bool):
+    """Make a program of one layer's matrix products alone, as many times as an epoch has steps."""
+    weight = jnp.full(shape, 0.01)
+    x, delta = (jnp.ones((batch_size, units)) for units in shape)
+
+    def products(weight, x, delta):
+        return [x @ weight, x.T @ delta, *([] if first else [delta @ weight.T])]
+
+    @jax.jit
+    def run(weight, x, delta):
+        def step(carry, _):
+            x, delta, (output, gradient, *_) = carry
+            # Each pass needs the one before, or a compiler would multiply once.
+            x = x.at[0, 0].set(1e-9 * output[0, 0])
+            delta = delta.at[0, 0].set(1e-9 * gradient[0, 0])
+            return (x, delta, products(weight, x, delta)), None
+
+        return jax.lax.scan(step, (x, delta, products(weight, x, delta)), None, length=steps - 1)[0]
+
+    return lambda: jax.block_until_ready(run(weight, x, delta))
 
 
 @contextlib.contextmanager
@@ -110,6 +131,9 @@ def main(flags: Flags) -> None:
         return lambda: jax.block_until_ready(compiled(state, data, key))
 
     state = init_state(key, config=config)
+    layers = {
+        f"the products of fc{i} alone ({a} to {b})": (a, b) for i, (a, b) in enumerate(itertools.pairwise(WIDTHS), 1)
+    }
     evaluation = jax.jit(lambda params: [evaluate(params, part, config=config) for part in (train_eval, test)])
     programs = {
         "training epoch, whole": epoch("nothing"),
@@ -117,6 +141,10 @@ def main(flags: Flags) -> None:
         "without dropout's random numbers": epoch("dropout's random numbers"),
         "without shuffling and gathering (one batch, again and again)": epoch("shuffling and gathering"),
         "the matrix products alone": matrix_products(config, steps),
+        **{
+            name: layer_products(shape, flags.batch_size, steps, first=layer == 0)
+            for layer, (name, shape) in enumerate(layers.items())
+        },
         "both evaluations alone (20,000 images)": lambda: jax.block_until_ready(evaluation(state.params)),
     }
     if jax.default_backend() == "cpu":
@@ -128,18 +156,20 @@ def main(flags: Flags) -> None:
     seconds = harness.alternate(programs, flags.repetitions)
 
     rate = max(flop / harness.spread(seconds[name])["median (s)"] for name, (_, flop) in gemms.items())
-    counted = flop_of_an_epoch(n)
+    by_layer = flop_of_an_epoch(n)
+    counted = sum(by_layer)
     batch = Batch(data.images[: flags.batch_size], data.labels[: flags.batch_size])
     step = jax.jit(functools.partial(train_step, config=config, dropout_rate=0.2)).lower(state, batch, key).compile()
     by_xla = (step.cost_analysis() or {})["flops"] * n / flags.batch_size
     whole = harness.spread(seconds["training epoch, whole"])["median (s)"]
+    flop = {"training epoch, whole": counted, "the matrix products alone": counted}
+    flop |= dict(zip(layers, by_layer, strict=True)) | {name: of_gemm for name, (_, of_gemm) in gemms.items()}
     rows: list[harness.Row] = []
     for name, runs in seconds.items():
         row = {"program": name, **harness.spread(runs)}
-        flop = gemms[name][1] if name in gemms else counted
-        if name in gemms or name in ("training epoch, whole", "the matrix products alone"):
-            row["GFLOP/s"] = flop / row["median (s)"] / 1e9
-            row["share of GEMM rate"] = flop / row["median (s)"] / rate
+        if name in flop:
+            row["GFLOP/s"] = flop[name] / row["median (s)"] / 1e9
+            row["share of GEMM rate"] = flop[name] / row["median (s)"] / rate
         if name.startswith("with"):
             row["share of the epoch that it takes"] = 1 - row["median (s)"] / whole
         rows.append(row)

@@ -79,10 +79,19 @@ def test_bars_reach_from_the_lowest_to_the_highest():
 
 def test_operations_are_counted_as_by_hand():
     # Two products of [n, 3] x [3, 2] and [n, 2] x [2, 1] forward, two for the weights, one for the hidden layer.
-    assert roofline.flop_of_an_epoch(5, (3, 2, 1)) == 2 * 5 * (6 + 2 + 6 + 2 + 2)
+    assert roofline.flop_of_an_epoch(5, (3, 2, 1)) == [2 * 5 * (6 + 6), 2 * 5 * (2 + 2 + 2)]
     program, flop = roofline.gemm_rate(4)
     program()
     assert flop == 4 * (2 * 4**3)
+
+
+def test_a_layer_s_products_are_those_of_a_step():
+    x, delta, (output, gradient, back) = roofline.layer_products((3, 2), 4, steps=5, first=False)()
+    weight = np.full((3, 2), 0.01)
+    for ours, expected in ((output, x @ weight), (gradient, x.T @ delta), (back, delta @ weight.T)):
+        np.testing.assert_allclose(ours, expected, rtol=1e-6)
+    _, _, of_the_first = roofline.layer_products((3, 2), 4, steps=5, first=True)()
+    assert [product.shape for product in of_the_first] == [(4, 2), (3, 2)]
 
 
 def test_ratios_are_of_pairs_and_above_1_for_the_faster():
