@@ -46,10 +46,10 @@ def gemm_rate(size: int):
     return lambda: product(a).block_until_ready(), 4 * 2.0 * size**3
 
 
-def matrix_products(config: TrainConfig, steps: int):
+def matrix_products(batch_size: int, steps: int):
     """Make a program of an epoch's matrix products alone, each feeding the next step through the weights."""
     weights = [jnp.full(shape, 0.01) for shape in itertools.pairwise(WIDTHS)]
-    x = jnp.ones((config.batch_size, 784))
+    x = jnp.ones((batch_size, WIDTHS[0]))
 
     # XLA multiplies a constant in another, slower way, so the batch is an argument as it is in `fit`.
     @jax.jit
@@ -139,7 +139,7 @@ def main(flags: Flags) -> None:
         "without Adam (plain gradient descent)": epoch("Adam"),
         "without dropout's random numbers": epoch("dropout's random numbers"),
         "without shuffling and gathering (one batch, again and again)": epoch("shuffling and gathering"),
-        "all matrix products, alone": matrix_products(config, steps),
+        "all matrix products, alone": matrix_products(flags.batch_size, steps),
         **{
             name: layer_products(shape, flags.batch_size, steps, first=layer == 0)
             for layer, (name, shape) in enumerate(layers.items())

@@ -27,17 +27,38 @@ def test_programs_are_timed_in_turns():
     assert {name: len(runs) for name, runs in seconds.items()} == {"a": 2, "b": 2, "c": 2}
 
 
-def test_a_turn_is_an_epoch_and_its_evaluations(small):
-    part = Batch(*(jnp.array(leaf[:50]) for leaf in small))
+def test_a_turn_is_an_epoch_and_its_evaluations(small, monkeypatch):
+    part, train_eval, test = (Batch(*(jnp.array(leaf[:n]) for leaf in small)) for n in (50, 30, 40))
     config = TrainConfig(hidden=(8,), batch_size=20)
-    steps, fit = (kind(part, part, part, config) for kind in (throughput.JaxSteps, throughput.JaxFit))
-    turns = harness.take_turns({"steps": steps.turn, "fit": fit.turn}, 2)
+    evaluated = []
+
+    def noting(original, batch_at):
+        def evaluating(*args, **options):
+            evaluated.append(len(args[batch_at].labels))
+            return original(*args, **options)
+
+        return evaluating
+
+    monkeypatch.setattr(throughput, "evaluate", noting(evaluate, 1))
+    monkeypatch.setattr(FastLoop, "evaluate", noting(FastLoop.evaluate, 1))
+    steps, fit = (kind(part, train_eval, test, config) for kind in (throughput.JaxSteps, throughput.JaxFit))
+    loop = FastLoop(part, dropout_rate=0.2, batch_size=20)
+    by_torch = throughput.Torch(loop, train_eval, test)
+    turns = harness.take_turns({"steps": steps.turn, "torch": by_torch.turn}, 2) | {"fit": [fit.turn(), fit.turn()]}
+    assert evaluated == [30, 40] * 4
     # With the evaluations `fit` runs another program, which trains for another epoch.
     assert (int(steps.state.step), int(fit.lane.state.step)) == (6, 12)
+    assert {int(state["step"]) for state in loop.optimiser.state.values()} == {6}
+    assert np.isfinite(fit.lane.best.loss)
     for runs in turns.values():
         assert 0 < runs[1].loss < runs[0].loss
         assert all(turn.training > 0 and turn.both > 0 for turn in runs)
-    assert all(turn.training < turn.both for turn in turns["steps"])
+    assert all(turn.training < turn.both for name in ("steps", "torch") for turn in turns[name])
+
+
+def test_what_a_turn_returned_is_kept_in_order():
+    runs = harness.take_turns({"a": iter("uv").__next__, "b": iter("xy").__next__}, 2)
+    assert runs == {"a": ["u", "v"], "b": ["x", "y"]}
 
 
 @pytest.mark.usefixtures("interruptible")
