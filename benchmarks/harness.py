@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 
 from fashion_jax import files, plot, report
 from fashion_jax.script import run_script
+from fashion_jax.signals import noting_signals
 
 RECORDS = Path(__file__).parent / "records"
 Row = dict[str, Any]
@@ -100,7 +101,11 @@ def take_turns(programs: Mapping[str, Callable[[], T]], repetitions: int) -> dic
     results: dict[str, list[T]] = {name: [] for name in programs}
     for _ in range(repetitions):
         for name, program in programs.items():
-            gc.collect()
+            # Python ignores what is raised while it collects, and would lose a Ctrl-C.
+            with noting_signals(terminate=False) as noted:
+                gc.collect()
+            if noted:
+                raise KeyboardInterrupt
             results[name].append(program())
     return results
 

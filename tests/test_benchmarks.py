@@ -1,5 +1,6 @@
 """What the benchmarks measure with: turns, summaries, counts of operations, and PyTorch's loops."""
 
+import gc
 import os
 import signal
 import threading
@@ -59,6 +60,17 @@ def test_a_turn_is_an_epoch_and_its_evaluations(small, monkeypatch):
 def test_what_a_turn_returned_is_kept_in_order():
     runs = harness.take_turns({"a": iter("uv").__next__, "b": iter("xy").__next__}, 2)
     assert runs == {"a": ["u", "v"], "b": ["x", "y"]}
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_ctrl_c_is_not_lost_while_memory_is_collected():
+    def interrupt(phase, _):
+        gc.callbacks.remove(interrupt)
+        signal.raise_signal(signal.SIGINT)
+
+    gc.callbacks.append(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        harness.take_turns({"a": lambda: pytest.fail("it went on")}, 1)
 
 
 @pytest.mark.usefixtures("interruptible")
