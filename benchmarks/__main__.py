@@ -18,10 +18,10 @@ SETS: dict[str, dict[str, tuple[str, ...]]] = {
     "cpu": {"throughput": (), "lanes": (), "roofline": (), "startup": (), "rounding": (), "predict": ()},
     # The first one stops where there is no GPU, before the others measure a CPU without a word.
     "gpu": {
-        "throughput": ("--device", "gpu", "--batch-sizes", "64", "512", "4096"),
-        "lanes": ("--device", "gpu", "--lanes", "2", "8", "64", "256", "1024"),
+        "throughput": ("--device", "gpu", "--batch-sizes", "64", "512", "4096", "--repetitions", "3"),
+        "lanes": ("--device", "gpu", "--lanes", "2", "8", "64", "256", "1024", "--repetitions", "3"),
         "roofline": (),
-        "startup": (),
+        "startup": ("--repetitions", "3"),
         "predict": ("--device", "gpu"),
         "kernels": (),
     },

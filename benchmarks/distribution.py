@@ -50,7 +50,8 @@ def main(flags: Flags) -> None:
             curves = np.stack([history.running_loss, *history.validation])
             measured[0, arm, seed] = curves[:, -LAST:].mean(axis=1)
             loop = FastLoop(train, dropout_rate=rate, seed=seed)
-            curves = np.array([(loop.epoch(), *loop.evaluate(test)) for _ in range(flags.epochs)])
+            batches = loop.prepare(test)
+            curves = np.array([(loop.epoch(), *loop.evaluate(batches)) for _ in range(flags.epochs)])
             measured[1, arm, seed] = curves[-LAST:].mean(axis=0)
             print(f"seed {seed}, dropout {rate:g}: {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
 

@@ -4,6 +4,7 @@ import dataclasses
 import os
 import resource
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -12,7 +13,7 @@ import torch
 import tyro
 
 from benchmarks import harness
-from benchmarks.reference import FastLoop
+from benchmarks.reference import FastLoop, GraphLoop
 from fashion_jax import TrainConfig, fit, load
 from fashion_jax.sweep import sweep, use_all_cores
 from fashion_jax.train import train_eval_part
@@ -60,28 +61,37 @@ def main(flags: Flags) -> None:
         run = {"seeds": seeds, "dropout_rates": RATES, "epochs": 2, "on_epoch": tick}
         return second_epoch(lambda: sweep(train, test, **run)) / lanes
 
-    loop = FastLoop(train, dropout_rate=0.2, device=torch_device)
+    def by(loop: FastLoop) -> Callable[[], float]:
+        parts = [loop.prepare(part) for part in (train_eval, test)]
 
-    def by_torch() -> float:
-        start = time.perf_counter()
-        loop.epoch()
-        for part in (train_eval, test):
-            loop.evaluate(part)
-        return time.perf_counter() - start
+        def epoch() -> float:
+            start = time.perf_counter()
+            loop.epoch()
+            for part in parts:
+                loop.evaluate(part)
+            return time.perf_counter() - start
 
-    programs = {"PyTorch, in memory, fused Adam": by_torch, "fit": alone}
+        return epoch
+
+    programs = {"PyTorch, in memory, fused Adam": by(FastLoop(train, dropout_rate=0.2, device=torch_device))}
+    if flags.device == "gpu":
+        programs["PyTorch, the same, as a CUDA graph"] = by(GraphLoop(train, dropout_rate=0.2, device=torch_device))
+    others = (*programs, "fit")
+    programs["fit"] = alone
     programs |= {f"sweep, {lanes} lanes": lambda lanes=lanes: together(lanes) for lanes in flags.lanes}
-    memory = {}
+    memory: dict[str, harness.Row] = {}
     for name, program in programs.items():
         program()
-        memory[name] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        memory[name] = {"peak memory so far (MiB)": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+        if stats := jax.devices()[0].memory_stats():
+            memory[name]["JAX's peak on the device so far (MiB)"] = stats["peak_bytes_in_use"] / 2**20
     seconds = harness.take_turns(programs, flags.repetitions)
 
     rows: list[harness.Row] = []
     for name, runs in seconds.items():
         ratios = {
             f"/ {other}": harness.statistics.median(a / b for a, b in zip(runs, seconds[other], strict=True))
-            for other in ("fit", "PyTorch, in memory, fused Adam")
+            for other in others
         }
         rows.append(
             {
@@ -89,7 +99,7 @@ def main(flags: Flags) -> None:
                 **harness.spread(runs),
                 "models x images/s": len(train.labels) / harness.spread(runs)["median (s)"],
                 **ratios,
-                "peak memory so far (MiB)": memory[name],
+                **memory[name],
             }
         )
     figure = harness.bars(

@@ -3,8 +3,9 @@
 Written from the experiment's description; what `fashion_jax` is compared with, never a part of it.
 """
 
-from collections.abc import Iterator
-from typing import cast
+import copy
+from collections.abc import Iterable
+from typing import Any, cast
 
 import numpy as np
 import PIL.Image
@@ -14,6 +15,9 @@ from torch.nn.functional import log_softmax, nll_loss, relu
 
 from fashion_jax.data import Batch
 from fashion_jax.train import Params
+
+# Images and labels of a data set, batch by batch.
+Batches = Iterable[tuple[torch.Tensor, torch.Tensor]]
 
 
 class TutorialMLP(nn.Module):
@@ -67,9 +71,10 @@ class TransformedImages(torch.utils.data.Dataset):
 class TutorialLoop:
     """The tutorial's training: Dataset, DataLoader, per-image transforms, `loss.item()` at each step."""
 
-    def __init__(self, train: Batch, *, dropout_rate: float, batch_size: int = 64, seed: int = 0):
+    def __init__(self, train: Batch, *, dropout_rate: float, batch_size: int = 64, seed: int = 0, device: str = "cpu"):
         torch.manual_seed(seed)
-        self.model = TutorialMLP(dropout_rate)
+        self.device = device
+        self.model = TutorialMLP(dropout_rate).to(device)
         self.optimiser = torch.optim.Adam(self.model.parameters(), lr=0.003)
         self.loader = torch.utils.data.DataLoader(TransformedImages(train), batch_size=batch_size, shuffle=True)
 
@@ -79,20 +84,27 @@ class TutorialLoop:
         total = 0.0
         for images, labels in self.loader:
             self.optimiser.zero_grad()
-            loss = nll_loss(self.model(images), labels)
+            loss = nll_loss(self.model(images.to(self.device)), labels.to(self.device))
             loss.backward()
             self.optimiser.step()
             total += loss.item()
         return total / len(self.loader)
 
-    def evaluate(self, batch: Batch) -> tuple[float, float]:
+    def prepare(self, batch: Batch) -> Batches:
+        """Make what `evaluate` takes of a data set."""
+        return torch.utils.data.DataLoader(TransformedImages(batch), batch_size=self.loader.batch_size)
+
+    def evaluate(self, batches: Batches) -> tuple[float, float]:
         """Measure loss and accuracy, batch by batch, as the tutorial does."""
-        loader = torch.utils.data.DataLoader(TransformedImages(batch), batch_size=self.loader.batch_size)
-        return _evaluate(self.model, loader)
+        there = ((images.to(self.device), labels.to(self.device)) for images, labels in batches)
+        return _evaluate(self.model, there)
 
 
 class FastLoop:
     """Tensors in memory, fused Adam, no synchronisation within an epoch; optionally compiled."""
+
+    # Whether steps are recorded, which the optimiser has to know.
+    recorded = False
 
     def __init__(
         self,
@@ -106,41 +118,86 @@ class FastLoop:
     ):
         torch.manual_seed(seed)
         self.device, self.batch_size = device, batch_size
-        self.images = standardise(torch.tensor(np.asarray(train.images))).view(-1, 784).to(device)
-        self.labels = torch.tensor(np.asarray(train.labels), dtype=torch.int64, device=device)
+        self.images, self.labels = self._in_memory(train)
         self.model = TutorialMLP(dropout_rate).to(device)
-        self.optimiser = torch.optim.Adam(self.model.parameters(), lr=0.003, fused=True)
+        self.optimiser = torch.optim.Adam(self.model.parameters(), lr=0.003, fused=True, capturable=self.recorded)
         self.loss = torch.compile(self._loss) if compiled else self._loss
 
     def _loss(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return nll_loss(self.model(images), labels)
 
+    def _in_memory(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        images = standardise(torch.tensor(np.asarray(batch.images), device=self.device)).view(-1, 784)
+        return images, torch.tensor(np.asarray(batch.labels), dtype=torch.int64, device=self.device)
+
     def epoch(self) -> float:
         """Train for one epoch; return the mean of the batch losses."""
         self.model.train()
-        losses = []
-        for rows in torch.randperm(len(self.labels), device=self.device).split(self.batch_size):
-            loss = self.loss(self.images[rows], self.labels[rows])
-            self.optimiser.zero_grad()
-            loss.backward()
-            self.optimiser.step()
-            losses.append(loss.detach())
-        return torch.stack(losses).mean().item()
+        order = torch.randperm(len(self.labels), device=self.device)
+        return torch.stack([self.step(rows) for rows in order.split(self.batch_size)]).mean().item()
 
-    def evaluate(self, batch: Batch) -> tuple[float, float]:
-        """Measure loss and accuracy in chunks of 2,000."""
-        images = standardise(torch.tensor(np.asarray(batch.images))).to(self.device)
-        labels = torch.tensor(np.asarray(batch.labels), dtype=torch.int64, device=self.device)
-        return _evaluate(self.model, zip(images.split(2_000), labels.split(2_000), strict=True))
+    def step(self, rows: torch.Tensor) -> torch.Tensor:
+        """Take a step on these rows of the training set; return the batch's loss."""
+        loss = self.loss(self.images[rows], self.labels[rows])
+        self.optimiser.zero_grad()
+        loss.backward()
+        self.optimiser.step()
+        return loss.detach()
+
+    def prepare(self, batch: Batch) -> Batches:
+        """Make what `evaluate` takes of a data set: chunks of 2,000, where the training data are."""
+        images, labels = self._in_memory(batch)
+        return list(zip(images.split(2_000), labels.split(2_000), strict=True))
+
+    def evaluate(self, batches: Batches) -> tuple[float, float]:
+        """Measure loss and accuracy."""
+        return _evaluate(self.model, batches)
+
+
+class GraphLoop(FastLoop):
+    """On a GPU, `FastLoop` with a whole step recorded as a CUDA graph, which the host then launches as one.
+
+    Source: "Whole-network capture" in PyTorch's notes on CUDA.
+    """
+
+    recorded = True
+
+    def __init__(self, train: Batch, **options: Any):
+        super().__init__(train, **options)
+        before = copy.deepcopy(self.model.state_dict())
+        self.rows = torch.arange(self.batch_size, device=self.device)
+        # What PyTorch sets up at first use must not be recorded.
+        beside = torch.cuda.Stream()
+        beside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(beside):
+            for _ in range(3):
+                super().step(self.rows)
+        torch.cuda.current_stream().wait_stream(beside)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.batch_loss = super().step(self.rows)
+        # Those steps have trained; a recorded step keeps to the tensors that it was recorded with.
+        self.model.load_state_dict(before)
+        for state in self.optimiser.state.values():
+            for moment in state.values():
+                moment.zero_()
+
+    def step(self, rows: torch.Tensor) -> torch.Tensor:
+        """Take a step as `FastLoop` does: by the graph, or by itself where the batch is short."""
+        if len(rows) < self.batch_size:
+            return super().step(rows)
+        self.rows.copy_(rows)
+        self.graph.replay()
+        return self.batch_loss.clone()
 
 
 @torch.no_grad()
-def _evaluate(model: nn.Module, batches: Iterator | torch.utils.data.DataLoader) -> tuple[float, float]:
+def _evaluate(model: nn.Module, batches: Batches) -> tuple[float, float]:
     model.eval()
-    loss, correct, n = 0.0, 0, 0
+    losses, correct, n = [], [], 0
     for images, labels in batches:
         log_probs = model(images)
-        loss += nll_loss(log_probs, labels, reduction="sum").item()
-        correct += int((log_probs.argmax(dim=1) == labels).sum())
+        losses.append(nll_loss(log_probs, labels, reduction="sum"))
+        correct.append((log_probs.argmax(dim=1) == labels).sum())
         n += len(labels)
-    return loss / n, correct / n
+    return sum(torch.stack(losses).tolist()) / n, sum(torch.stack(correct).tolist()) / n

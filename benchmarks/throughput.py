@@ -2,9 +2,9 @@
 
 import csv
 import dataclasses
-import functools
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, Protocol
 
@@ -14,7 +14,7 @@ import torch
 import tyro
 
 from benchmarks import harness
-from benchmarks.reference import FastLoop, TutorialLoop
+from benchmarks.reference import FastLoop, GraphLoop, TutorialLoop
 from fashion_jax import Batch, TrainConfig, load
 from fashion_jax.train import (
     evaluate,
@@ -27,6 +27,7 @@ from fashion_jax.train import (
 )
 
 RATE = 0.2
+EAGER, TUTORIAL = "PyTorch, in memory, fused Adam", "PyTorch, the tutorial's loop"
 CURVES = Path(__file__).parents[1] / "tests" / "reference" / "pytorch_curves.csv"
 # Beyond the range of three reference runs: about three standard deviations between seeds.
 SLACK = 0.010
@@ -76,7 +77,7 @@ class Torch:
     """A PyTorch loop."""
 
     def __init__(self, loop: TutorialLoop | FastLoop, train_eval: Batch, test: Batch):
-        self.loop, self.parts = loop, (train_eval, test)
+        self.loop, self.parts = loop, [loop.prepare(part) for part in (train_eval, test)]
 
     def turn(self) -> Turn:
         loss, training = harness.timed(self.loop.epoch)
@@ -158,25 +159,27 @@ def main(flags: Flags) -> None:
     rows: list[harness.Row] = []
     for size in flags.batch_sizes:
         config = TrainConfig(batch_size=size)
-        fast = functools.partial(FastLoop, splits.train, dropout_rate=RATE, batch_size=size, device=torch_device)
-        makers: dict[str, Callable[[], Program]] = {
-            "JAX, fit": lambda config=config: JaxFit(train, train_eval_there, test, config),
-            "JAX, a jitted step at a time": lambda config=config: JaxSteps(train, train_eval_there, test, config),
-            "PyTorch, in memory, fused Adam": lambda fast=fast: Torch(fast(), train_eval, splits.test),
-        }
+        shared = {"dropout_rate": RATE, "batch_size": size, "device": torch_device}
+        loops: dict[str, Callable[[], TutorialLoop | FastLoop]] = {EAGER: partial(FastLoop, splits.train, **shared)}
         if flags.compile:
-            makers["PyTorch, the same, compiled"] = lambda fast=fast: Torch(
-                fast(compiled=True), train_eval, splits.test
-            )
-        if flags.tutorial and flags.device == "cpu":
-            makers["PyTorch, the tutorial's loop"] = lambda size=size: Torch(
-                TutorialLoop(splits.train, dropout_rate=RATE, batch_size=size), train_eval, splits.test
-            )
+            loops["PyTorch, the same, compiled"] = partial(FastLoop, splits.train, **shared, compiled=True)
+        if flags.device == "gpu":
+            loops["PyTorch, the same, as a CUDA graph"] = partial(GraphLoop, splits.train, **shared)
+        if flags.device == "gpu" and flags.compile:
+            loops["PyTorch, compiled, as a CUDA graph"] = partial(GraphLoop, splits.train, **shared, compiled=True)
+        if flags.tutorial:
+            loops[TUTORIAL] = partial(TutorialLoop, splits.train, **shared)
+        makers: dict[str, Callable[[], Program]] = {
+            "JAX, fit": partial(JaxFit, train, train_eval_there, test, config),
+            "JAX, a jitted step at a time": partial(JaxSteps, train, train_eval_there, test, config),
+        }
+        for name, loop in loops.items():
+            makers[name] = lambda loop=loop: Torch(loop(), train_eval, splits.test)
         programs, first = {}, {}
         for name, make in makers.items():
             programs[name] = make()
             first[name] = programs[name].turn()
-        low, high = band(size, first["PyTorch, in memory, fused Adam"].loss)
+        low, high = band(size, first[EAGER].loss)
         trains = {name: low <= turn.loss <= high for name, turn in first.items()}
         turns = harness.take_turns(
             {name: program.turn for name, program in programs.items() if trains[name]}, flags.repetitions
@@ -190,13 +193,12 @@ def main(flags: Flags) -> None:
                     continue
                 timing = harness.spread(seconds[name])
                 row |= {"images/s": n / timing["median (s)"], **timing, "first epoch (s)": turn.training}
-                others = [name for name in seconds if name.startswith("PyTorch, in") or "compiled" in name]
+                others = [name for name in seconds if name.startswith("PyTorch") and name != TUTORIAL]
                 # Pair by pair, so that a drift of the machine cancels.
                 best = min(others, key=lambda name: harness.spread(seconds[name])["median (s)"])
                 row["x PyTorch at its best"] = _ratio(seconds[best], seconds[name])
-                tutorial = "PyTorch, the tutorial's loop"
-                if tutorial in seconds:
-                    row["x the tutorial's loop"] = _ratio(seconds[tutorial], seconds[name])
+                if TUTORIAL in seconds:
+                    row["x the tutorial's loop"] = _ratio(seconds[TUTORIAL], seconds[name])
                 rows.append(row)
     drawn = [row | {"name": f"{row['program']}, batch {row['batch size']}"} for row in rows if "images/s" in row]
     drawn = [row for row in drawn if row["what"] == "training"]

@@ -454,9 +454,11 @@ def _rows(batch: Batch, indices):
 def _steps_in_a_stretch(steps: int, config: TrainConfig) -> int:
     """Tell for how many steps to draw masks together: a divisor of all, so that none is left over.
 
-    A step's own masks are so few that waking a second core for them costs more than it saves; beyond some megabytes
-    the masks push the weights out of the cache.
+    On a CPU a step's own masks are so few that waking a second core for them costs more than it saves; beyond some
+    megabytes the masks push the weights out of the cache. On a GPU a loop around the loop costs more than it saves.
     """
+    if jax.default_backend() != "cpu":
+        return 1
     units = sum(config.hidden) + (math.prod(config.image_shape) if config.input_dropout else 0)
     most = max(1, 2**21 // max(1, config.batch_size * units))
     return max(divisor for divisor in range(1, min(most, steps) + 1) if steps % divisor == 0)

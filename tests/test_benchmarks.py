@@ -33,15 +33,16 @@ def test_a_turn_is_an_epoch_and_its_evaluations(small, monkeypatch):
     config = TrainConfig(hidden=(8,), batch_size=20)
     evaluated = []
 
-    def noting(original, batch_at):
+    def noting(original, examples):
         def evaluating(*args, **options):
-            evaluated.append(len(args[batch_at].labels))
+            evaluated.append(examples(args[1]))
             return original(*args, **options)
 
         return evaluating
 
-    monkeypatch.setattr(throughput, "evaluate", noting(evaluate, 1))
-    monkeypatch.setattr(FastLoop, "evaluate", noting(FastLoop.evaluate, 1))
+    monkeypatch.setattr(throughput, "evaluate", noting(evaluate, lambda batch: len(batch.labels)))
+    by_loop = noting(FastLoop.evaluate, lambda batches: sum(len(labels) for _, labels in batches))
+    monkeypatch.setattr(FastLoop, "evaluate", by_loop)
     steps, fit = (kind(part, train_eval, test, config) for kind in (throughput.JaxSteps, throughput.JaxFit))
     loop = FastLoop(part, dropout_rate=0.2, batch_size=20)
     by_torch = throughput.Torch(loop, train_eval, test)
@@ -148,14 +149,17 @@ def test_pytorch_s_loops_are_the_experiment(small, kind):
     for _ in range(4):
         state, metrics = train_step(state, part, KEY, config=config, dropout_rate=0.0)
         assert loop.epoch() == pytest.approx(float(metrics.loss), rel=1e-4)
-    np.testing.assert_allclose(loop.evaluate(small), evaluate(state.params, small, config=config), rtol=1e-3)
+    np.testing.assert_allclose(
+        loop.evaluate(loop.prepare(small)), evaluate(state.params, small, config=config), rtol=1e-3
+    )
 
 
 @pytest.mark.parametrize("kind", [TutorialLoop, FastLoop])
 def test_pytorch_s_loops_shuffle_and_drop_units_while_they_train_only(small, kind):
     part = Batch(*(leaf[:50] for leaf in small))
     loop = kind(part, dropout_rate=0.5, batch_size=20)
-    assert loop.evaluate(part) == loop.evaluate(part)
+    batches = loop.prepare(part)
+    assert loop.evaluate(batches) == loop.evaluate(batches)
     seen, training = [], []
 
     def watch(module, inputs):

@@ -25,6 +25,33 @@ def test_what_follows_the_loop_is_not_the_step_s():
     assert count(re.sub(r"^    105: .*\n", "", LISTING, flags=re.MULTILINE)) == count(LISTING)
 
 
+def test_what_is_nested_behind_the_loop_is_not_the_step_s_either():
+    """As XLA of jaxlib 0.11.2 lists it."""
+    behind = (
+        "    106: kAsyncStart",
+        "        108: kDynamicSliceFusion",
+        "            107: kCopy",
+        "    109: kAsyncDone",
+    )
+    assert count(LISTING + "\n".join(behind)) == count(LISTING)
+
+
+def test_for_a_loop_in_a_command_buffer_the_host_launches_nothing():
+    listing = """000: kWhile
+  body:
+    000: kCommandBuffer
+        001: kWhile
+condition:
+            002: kCustomKernel
+          body:
+            003: kCustomKernel
+            004: kGemm
+        005: kCopy
+"""
+    assert count(listing) == (2, 0)
+    assert count(listing.replace("kCommandBuffer", "kSequential")) == (2, 2)
+
+
 def test_a_program_without_a_loop_is_counted_whole():
     assert count("000: kCopy\n001: kCommandBuffer\n    002: kKernel\n    003: kGemm\n") == (3, 2)
 

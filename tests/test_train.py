@@ -205,6 +205,19 @@ def test_an_epoch_is_its_steps(small, n, rate, hidden):
     assert_trees_close(compiled.params, state.params, atol=1e-4)
 
 
+def test_a_gpu_draws_masks_step_by_step_and_draws_the_same(small, monkeypatch):
+    config = TrainConfig(hidden=(32, 16))
+    data = to_device(Batch(*(leaf[:960] for leaf in small)))
+    state = init_state(KEY, config=config)
+    expected = train_epoch(state, data, KEY, config=config, dropout_rate=0.2)
+    assert train._steps_in_a_stretch(15, config) == 15
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert train._steps_in_a_stretch(15, config) == 1
+    # As a program of its own, traced anew.
+    actual = jax.jit(functools.partial(train._train_epoch.__wrapped__, config=config))(state, data, KEY, 0.2)
+    assert_trees_close(actual, expected, atol=1e-5)
+
+
 def test_evaluation_of_60_000_rows_against_float64_numpy(splits):
     params = init_state(jax.random.key(3)).params
     loss, log_probs, _ = float64_loss_and_gradient(params, splits.train)
