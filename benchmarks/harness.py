@@ -192,7 +192,10 @@ def table(rows: list[Row]) -> str:
 
 
 def bars(rows: list[Row], *, label: str, value: str, low: str, high: str, unit: str) -> Figure:
-    """Draw one horizontal bar a row, with a line from its lowest to its highest value."""
+    """Draw one horizontal bar a row, with a line from its lowest to its highest value.
+
+    Where some are a hundred times as long as others, the scale is logarithmic.
+    """
     figure = Figure(figsize=(8, 0.6 + 0.32 * len(rows)), layout="constrained")
     axes = figure.subplots()
     values = [row[value] for row in rows]
@@ -206,7 +209,10 @@ def bars(rows: list[Row], *, label: str, value: str, low: str, high: str, unit: 
         axes.annotate(
             f"{number:.3g}", (number + reach, i), xytext=(6, 0), textcoords="offset points", va="center", fontsize=8
         )
-    axes.margins(x=0.12)
+    axes.margins(x=0.15)
+    if max(values) > 100 * min(values):
+        axes.set_xscale("log")
+        axes.margins(x=0.25)
     return figure
 
 

@@ -100,8 +100,6 @@ def main(flags: Flags) -> None:
     figure = harness.bars(
         drawn, label="name", value="median (s)", low="min (s)", high="max (s)", unit="milliseconds an image"
     )
-    figure.axes[0].set_xscale("log")
-    figure.axes[0].margins(x=0.25)
     harness.write("predict", rows, flags=flags, output=flags.output, figure=figure)
 
 

@@ -4,6 +4,7 @@ A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`; `TABL
 """
 
 import dataclasses
+import functools
 import json
 import re
 import sys
@@ -19,8 +20,10 @@ from fashion_jax import evidence, files, report
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
-# Names in the tables, and how the folders of their records end.
-MACHINES = {"AMD": "amd-epyc-2-cores", "Intel": "intel-xeon-2-cores"}
+# Machines that stand side by side in the tables.
+MACHINES = ("AMD", "Intel")
+# How the folders of their records, end.
+FOLDERS = {"AMD": "amd-epyc-2-cores", "Intel": "intel-xeon-2-cores", "H200": "nvidia-h200"}
 RECORDS = ROOT / "benchmarks" / "records"
 BLOCK = re.compile(r"(<!-- table: ([\w' ]+) -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
 CURVES = ROOT / "tests" / "reference" / "pytorch_curves.csv"
@@ -39,21 +42,27 @@ def table_of(path: str, number: int) -> str:
 
 def rows_of(name: str, machine: str = "AMD") -> list[dict[str, Any]]:
     """Take the rows of a machine's newest record of a benchmark."""
-    return json.loads(max(RECORDS.glob(f"*-{MACHINES[machine]}/{name}.json")).read_text())["rows"]
+    return json.loads(max(RECORDS.glob(f"*-{FOLDERS[machine]}/{name}.json")).read_text())["rows"]
 
 
-def on_both(label: str, columns: tuple[str, ...], cells: Callable[[str], dict[str, tuple[str, ...]]]) -> str:
+def side_by_side(
+    label: str,
+    columns: tuple[str, ...],
+    cells: Callable[[str], dict[str, tuple[str, ...]]],
+    machines: tuple[str, ...] = MACHINES,
+) -> str:
     """Put the columns of the machines side by side.
 
     Args:
         label: Heading of the rows' names.
         columns: Headings of what each machine has.
         cells: Gives, for a machine, the cells of each row.
+        machines: Their names.
     """
-    found = {machine: cells(machine) for machine in MACHINES}
+    found = {machine: cells(machine) for machine in machines}
     names = dict.fromkeys(name for of_machine in found.values() for name in of_machine)
     nothing = ("-",) * len(columns)
-    rows = [(label, *(f"{machine}: {column}" for machine in MACHINES for column in columns))]
+    rows = [(label, *(f"{machine}: {column}" for machine in machines for column in columns))]
     for name in names:
         rows.append((name, *(cell for of_machine in found.values() for cell in of_machine.get(name, nothing))))
     return report.markdown(rows)
@@ -112,7 +121,7 @@ def race() -> str:
             if (row["batch size"], row["what"]) == (64, "training")
         }
 
-    return on_both("program", ("s per epoch", "times PyTorch at its best", "times the tutorial's loop"), cells)
+    return side_by_side("program", ("s per epoch", "times PyTorch at its best", "times the tutorial's loop"), cells)
 
 
 def lanes() -> str:
@@ -124,7 +133,7 @@ def lanes() -> str:
             for row in rows_of("lanes", machine)
         }
 
-    return on_both("program", ("s per model and epoch", "times PyTorch at its best"), cells)
+    return side_by_side("program", ("s per model and epoch", "times PyTorch at its best"), cells)
 
 
 def where_time_goes() -> str:
@@ -139,7 +148,7 @@ def where_time_goes() -> str:
             if row["program"] != "the matrix products alone"
         }
 
-    return on_both("program", ("s", "share of the GEMM rate", "share of the epoch that it takes"), cells)
+    return side_by_side("program", ("s", "share of the GEMM rate", "share of the epoch that it takes"), cells)
 
 
 def startup() -> str:
@@ -152,12 +161,12 @@ def startup() -> str:
         medians = {(row["phase"], row["start"]): f"{row['median (s)']:.2f}" for row in found}
         return {row["phase"]: tuple(medians[row["phase"], start] for start in starts) for row in found}
 
-    return on_both("phase", tuple(f"{start}, s" for start in starts), cells)
+    return side_by_side("phase", tuple(f"{start}, s" for start in starts), cells, (*MACHINES, "H200"))
 
 
-def images_a_second() -> str:
+def images_a_second(machine: str) -> str:
     """How many images each program classifies."""
-    found = rows_of("predict", "Intel")
+    found = rows_of("predict", machine)
     programs = list(dict.fromkeys(row["program"] for row in found))
     rows: list[tuple[str, ...]] = [("images at a time", *programs)]
     for size in dict.fromkeys(row["images"] for row in found):
@@ -202,12 +211,57 @@ def saving() -> str:
     return report.markdown(rows)
 
 
+def milliseconds(row: dict[str, Any]) -> str:
+    """Median, and smallest and largest, in milliseconds with three digits or more."""
+    times = [1000 * row[f"{which} (s)"] for which in ("median", "min", "max")]
+    median, low, high = (f"{time:,.0f}" if time >= 100 else f"{time:.3g}" for time in times)
+    return f"{median} ({low}-{high})"
+
+
+def race_on_a_gpu() -> str:
+    """Milliseconds of a training epoch at each batch size."""
+    found = [row for row in rows_of("throughput", "H200") if row["what"] == "training"]
+    sizes = list(dict.fromkeys(row["batch size"] for row in found))
+    columns = (("ms per epoch", "times PyTorch at its best"),) * len(sizes)
+    head = (f"batch {size:,}: {column}" for size, of_size in zip(sizes, columns, strict=True) for column in of_size)
+    rows: list[tuple[str, ...]] = [("program", *head)]
+    for program in dict.fromkeys(row["program"] for row in found):
+        of_program = [row for row in found if row["program"] == program]
+        cells = ((milliseconds(row), f"{row['x PyTorch at its best']:.2g}") for row in of_program)
+        rows.append((program, *(cell for pair in cells for cell in pair)))
+    return report.markdown(rows)
+
+
+def lanes_on_a_gpu() -> str:
+    """Milliseconds per model and epoch, both evaluations included, and the memory that JAX took."""
+    graph = "PyTorch, the same, as a CUDA graph"
+    rows: list[tuple[str, ...]] = [
+        ("program", "ms per model and epoch", "times PyTorch's CUDA graph", "JAX's memory on the GPU, MiB")
+    ]
+    for row in rows_of("lanes", "H200"):
+        memory = row["JAX's peak on the device so far (MiB)"]
+        ours = not row["program"].startswith("PyTorch")
+        rows.append(
+            (row["program"], milliseconds(row), f"{1 / row[f'/ {graph}']:.3g}", f"{memory:,.0f}" if ours else "-")
+        )
+    return report.markdown(rows)
+
+
 def kernels() -> str:
-    """What a GPU is to launch for a step."""
-    columns = ("kernels a step", "launched by the host a step", "kernels a step and model")
+    """What a GPU launches for a step, and how long the step takes."""
+    columns = ("kernels a step", "launched by the host a step", "us a step and model")
     rows: list[tuple[str, ...]] = [("program", *columns)]
-    for row in rows_of("kernels", "Intel"):
+    for row in rows_of("kernels", "H200"):
         rows.append((row["program"], *(f"{row[column]:.3g}" for column in columns)))
+    return report.markdown(rows)
+
+
+def roofline_on_a_gpu() -> str:
+    """The roofline's rows, in milliseconds."""
+    rows: list[tuple[str, ...]] = [("program", "ms", "TFLOP/s")]
+    for row in rows_of("roofline", "H200"):
+        rate = row.get("GFLOP/s")
+        rows.append((row["program"], milliseconds(row), "" if rate is None else f"{rate / 1000:.3g}"))
     return report.markdown(rows)
 
 
@@ -230,13 +284,17 @@ TABLES: dict[str, Callable[[], str]] = {
     "entropies": lambda: table_of("calibration/report.md", 2),
     "detection": lambda: table_of("calibration/report.md", 3),
     "routes": lambda: table_of("export/report.md", 0),
-    "images a second": images_a_second,
+    "images a second": functools.partial(images_a_second, "Intel"),
     "race": race,
     "lanes": lanes,
     "roofline": where_time_goes,
     "startup": startup,
     "saving": saving,
+    "race on a GPU": race_on_a_gpu,
+    "lanes on a GPU": lanes_on_a_gpu,
     "kernels": kernels,
+    "roofline on a GPU": roofline_on_a_gpu,
+    "images a second on a GPU": functools.partial(images_a_second, "H200"),
 }
 
 

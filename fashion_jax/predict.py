@@ -23,6 +23,8 @@ from fashion_jax.model import Params, build_model, check_params, check_rate
 # Images in a chunk. On two cores chunks of 2,000 take 10,000 images in two thirds of the time, and need thirty times as
 # long for one.
 CHUNK = 32
+# On a GPU, where what counts is how many there are: an H200 took 0.27 ms for 32 images, and by PyTorch 0.32 for 1,000.
+LARGE_CHUNK = 1_024
 # Thinned networks that pass over a chunk at the same time.
 LANES = 16
 SIDE = 28
@@ -230,11 +232,12 @@ def _check_images(images, config):
 
 def _chunks(images) -> Iterator[tuple[Array | np.ndarray, slice]]:
     """Give chunks of one size, the last filled up with black, and the rows that each covers."""
-    for start in range(0, len(images), CHUNK):
-        rows = slice(start, min(start + CHUNK, len(images)))
+    size = CHUNK if jax.default_backend() == "cpu" else LARGE_CHUNK
+    for start in range(0, len(images), size):
+        rows = slice(start, min(start + size, len(images)))
         chunk = images[rows]
-        if len(chunk) < CHUNK:
-            chunk = np.pad(np.asarray(chunk), [(0, CHUNK - len(chunk))] + [(0, 0)] * (chunk.ndim - 1))
+        if len(chunk) < size:
+            chunk = np.pad(np.asarray(chunk), [(0, size - len(chunk))] + [(0, 0)] * (chunk.ndim - 1))
         yield chunk, rows
 
 

@@ -17,7 +17,7 @@ from PIL.Image import Resampling, Transpose
 
 from fashion_jax import CLASS_NAMES, FashionMLP, TrainConfig, fit
 from fashion_jax.interop import load_safetensors, save_safetensors
-from fashion_jax.predict import CHUNK, LANES, MAX_PIXELS, predict, predict_mc, read_image
+from fashion_jax.predict import CHUNK, LANES, LARGE_CHUNK, MAX_PIXELS, _chunks, predict, predict_mc, read_image
 from fashion_jax.train import init_state
 
 KEY = jax.random.key(5)
@@ -72,6 +72,16 @@ def test_every_number_of_images_gives_the_same_rows(params, splits, n):
     assert rows.shape == (n, 10)
     np.testing.assert_allclose(rows, predict(params, images)[:n], rtol=1e-6, atol=1e-7)
     np.testing.assert_array_equal(rows, predict(params, jnp.array(images[:n])))
+
+
+def test_a_gpu_takes_larger_chunks_and_gives_the_same_rows(params, splits, monkeypatch):
+    images = splits.test.images[: LARGE_CHUNK + 5]
+    expected, expected_mc = predict(params, images), predict_mc(params, images, **MC)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert [len(chunk) for chunk, _ in _chunks(images)] == [LARGE_CHUNK, LARGE_CHUNK]
+    np.testing.assert_allclose(predict(params, images), expected, rtol=1e-5, atol=1e-6)
+    for actual, leaf in zip(predict_mc(params, images, **MC), expected_mc, strict=True):
+        np.testing.assert_allclose(actual, leaf, atol=1e-5)
 
 
 def test_the_network_is_traced_for_the_first_images_only(small):
