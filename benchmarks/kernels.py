@@ -174,14 +174,21 @@ def main(flags: Flags) -> None:
 
         return made(draw, one)
 
-    def compiled(program: Callable[..., Any], *arguments: Any, **options: Any) -> Compiled:
+    def compiled(program: Callable[..., Any], state: Any, *others: Any, **options: Any) -> Compiled:
         with tempfile.TemporaryDirectory() as dumped:
-            lowered = jax.jit(program).lower(*arguments)
+            lowered = jax.jit(program).lower(state, *others)
             executable = lowered.compile(compiler_options={"xla_dump_to": dumped, **options})
             # The second is there if command buffers changed the first.
             listings = sorted(Path(dumped).glob("*thunk_sequence*.txt"), key=lambda path: "after" in path.name)
             launches = count(listings[-1].read_text() if listings else "")
-        return Compiled(launches, lambda: executable(*arguments), steps)
+
+        def run() -> Any:
+            # From the state that the run before left, as in `fit`.
+            nonlocal state
+            state, result = executable(state, *others)
+            return state, result
+
+        return Compiled(launches, run, steps)
 
     config = TrainConfig(batch_size=flags.batch_size)
     steps = config.steps_per_epoch(IMAGES)
@@ -213,13 +220,14 @@ def main(flags: Flags) -> None:
         return program._replace(run=many_steps, steps=CALLS)
 
     def together() -> Compiled:
-        def all_lanes(keys, data):
-            def lane(key):
-                return train_epoch(init_state(key, config=config), data, key, config=config, dropout_rate=0.2)
+        def all_lanes(states, data, keys):
+            def lane(state, key):
+                return train_epoch(state, data, key, config=config, dropout_rate=0.2)
 
-            return jax.vmap(lane)(keys)
+            return jax.vmap(lane)(states, keys)
 
-        return compiled(all_lanes, many, data)._replace(models=flags.lanes)
+        states = made(jax.vmap(functools.partial(init_state, config=config)), many)
+        return compiled(all_lanes, states, data, many)._replace(models=flags.lanes)
 
     def one_leaf(learning_rate):
         return optax.flatten(optax.adam(learning_rate))
