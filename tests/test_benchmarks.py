@@ -13,7 +13,7 @@ import torch
 
 from benchmarks import __main__ as all_benchmarks
 from benchmarks import harness, roofline, throughput
-from benchmarks.reference import FastLoop, TutorialLoop
+from benchmarks.reference import FastLoop, GraphLoop, TutorialLoop
 from fashion_jax import Batch, TrainConfig
 from fashion_jax.interop import from_torch
 from fashion_jax.train import evaluate, init_state, train_step
@@ -111,6 +111,13 @@ def test_bars_reach_from_the_lowest_to_the_highest():
     assert line[:, 0].tolist() == [2.0, 7.0]
 
 
+def test_bars_a_hundred_times_as_long_as_others_are_on_a_logarithmic_scale():
+    rows = [{"program": str(time), "median (s)": time, "min (s)": time, "max (s)": time} for time in (0.01, 0.9, 1.1)]
+    columns = {"label": "program", "value": "median (s)", "low": "min (s)", "high": "max (s)", "unit": "seconds"}
+    assert harness.bars(rows[:2], **columns).axes[0].get_xscale() == "linear"
+    assert harness.bars(rows, **columns).axes[0].get_xscale() == "log"
+
+
 def test_operations_are_counted_as_by_hand():
     # Two products of [n, 3] x [3, 2] and [n, 2] x [2, 1] forward, two for the weights, one for the hidden layer.
     assert roofline.flop_of_an_epoch(5, (3, 2, 1)) == [2 * 5 * (6 + 6), 2 * 5 * (2 + 2 + 2)]
@@ -139,13 +146,19 @@ def test_the_first_epoch_s_loss_has_to_be_near_pytorch_s():
     assert throughput.band(128, 2.0) == pytest.approx((1.94, 2.06))
 
 
-@pytest.mark.parametrize("kind", [TutorialLoop, FastLoop])
-def test_pytorch_s_loops_are_the_experiment(small, kind):
+CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
+
+
+@pytest.mark.parametrize(
+    ("kind", "device"), [(TutorialLoop, "cpu"), (FastLoop, "cpu"), pytest.param(GraphLoop, "cuda", marks=CUDA)]
+)
+def test_pytorch_s_loops_are_the_experiment(small, kind, device):
     """One batch an epoch, so that its order does not matter."""
     part = Batch(*(jnp.array(leaf[:50]) for leaf in small))
-    loop = kind(part, dropout_rate=0.0, batch_size=50)
+    loop = kind(part, dropout_rate=0.0, batch_size=50, device=device)
     config = TrainConfig()
-    state = init_state(KEY, config=config)._replace(params=from_torch(loop.model.state_dict()))
+    weights = {name: leaf.cpu() for name, leaf in loop.model.state_dict().items()}
+    state = init_state(KEY, config=config)._replace(params=from_torch(weights))
     for _ in range(4):
         state, metrics = train_step(state, part, KEY, config=config, dropout_rate=0.0)
         assert loop.epoch() == pytest.approx(float(metrics.loss), rel=1e-4)
