@@ -10,6 +10,7 @@ from typing import Annotated, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import torch
 import tyro
 
@@ -100,18 +101,25 @@ class JaxSteps:
 
     def _epoch(self) -> float:
         self.key, order_key, dropout_key = jax.random.split(self.key, 3)
-        order = jax.random.permutation(order_key, len(self.train.labels))
+        # On the host, where it costs little to take a part of it.
+        order = np.asarray(jax.random.permutation(order_key, len(self.train.labels)))
         losses = []
         for step, start in enumerate(range(0, len(order), self.config.batch_size)):
             rows = order[start : start + self.config.batch_size]
-            batch = Batch(self.train.images[rows], self.train.labels[rows])
-            key = jax.random.fold_in(dropout_key, step)
-            self.state, metrics = train_step(self.state, batch, key, config=self.config, dropout_rate=RATE)
-            losses.append(metrics.loss)
+            self.state, loss = _step(self.state, self.train, rows, dropout_key, step, config=self.config)
+            losses.append(loss)
         return jnp.stack(losses).mean().item()
 
     def _evaluate(self) -> object:
         return jax.device_get([evaluate(self.state.params, part, config=self.config) for part in self.parts])
+
+
+# With the choice of the examples in it, and the old state's memory for the new one.
+@partial(jax.jit, static_argnames="config", donate_argnames="state")
+def _step(state, train, rows, key, step, *, config):
+    batch = Batch(train.images[rows], train.labels[rows])
+    state, metrics = train_step(state, batch, jax.random.fold_in(key, step), config=config, dropout_rate=RATE)
+    return state, metrics.loss
 
 
 class JaxFit:
