@@ -29,9 +29,17 @@ BLOCK = re.compile(r"(<!-- table: ([\w' ]+) -->\n)(.*?)(<!-- end of table -->)",
 CURVES = ROOT / "tests" / "reference" / "pytorch_curves.csv"
 
 
-def newest(path: str) -> str:
-    """Read a file of the newest record that has it."""
-    return max(RECORDS.glob(f"*/{path}")).read_text()
+def newest(path: str, machine: str = "") -> str:
+    """Read a file of the newest record that has it, of one machine if that is named.
+
+    Raises:
+        FileNotFoundError: No record has it.
+    """
+    found = RECORDS.glob(f"*{FOLDERS.get(machine, '')}/{path}")
+    if (record := max(found, default=None)) is None:
+        of_machine = f" of {FOLDERS[machine]}" if machine else ""
+        raise FileNotFoundError(f"no record{of_machine} in {RECORDS} has {path}; run the benchmark that writes it")
+    return record.read_text()
 
 
 def table_of(path: str, number: int) -> str:
@@ -42,7 +50,7 @@ def table_of(path: str, number: int) -> str:
 
 def rows_of(name: str, machine: str = "AMD") -> list[dict[str, Any]]:
     """Take the rows of a machine's newest record of a benchmark."""
-    return json.loads(max(RECORDS.glob(f"*-{FOLDERS[machine]}/{name}.json")).read_text())["rows"]
+    return json.loads(newest(f"{name}.json", machine))["rows"]
 
 
 def side_by_side(

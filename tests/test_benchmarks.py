@@ -58,6 +58,23 @@ def test_a_turn_is_an_epoch_and_its_evaluations(small, monkeypatch):
     assert all(turn.training < turn.both for name in ("steps", "torch") for turn in turns[name])
 
 
+def test_the_race_s_loop_of_jitted_steps_takes_every_row_once_with_masks_of_its_own(small):
+    part = Batch(*(jnp.array(leaf[:50]) for leaf in small))
+    config = TrainConfig(hidden=(8,), batch_size=20)
+    program = throughput.JaxSteps(part, part, part, config)
+    # The program's state is donated, so this is another one.
+    state = init_state(program.key, config=config)
+    _, order_key, dropout_key = jax.random.split(program.key, 3)
+    order, losses = jax.random.permutation(order_key, 50), []
+    for step, rows in enumerate((order[:20], order[20:40], order[40:])):
+        key = jax.random.fold_in(dropout_key, step)
+        batch = Batch(part.images[rows], part.labels[rows])
+        state, metrics = train_step(state, batch, key, config=config, dropout_rate=throughput.RATE)
+        losses.append(metrics.loss)
+    assert program.turn().loss == pytest.approx(np.mean(losses), rel=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), program.state.params, state.params)
+
+
 def test_what_a_turn_returned_is_kept_in_order():
     runs = harness.take_turns({"a": iter("uv").__next__, "b": iter("xy").__next__}, 2)
     assert runs == {"a": ["u", "v"], "b": ["x", "y"]}

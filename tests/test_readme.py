@@ -35,6 +35,14 @@ def test_tables_are_those_of_the_records(document):
     assert tables.fill(TEXTS[document]) == TEXTS[document]
 
 
+def test_a_missing_record_is_named():
+    assert json.loads(tables.newest("kernels.json", "H200"))["environment"]["devices"] == ["NVIDIA H200"]
+    with pytest.raises(FileNotFoundError, match=r"no record of nvidia-h200 in .*records has nothing\.json; run the"):
+        tables.newest("nothing.json", "H200")
+    with pytest.raises(FileNotFoundError, match=r"no record in .*records has nothing\.json; run the"):
+        tables.newest("nothing.json")
+
+
 INTERVAL = re.compile(r"[+-]?\d\.\d+ \[[+-]?\d\.\d+, [+-]?\d\.\d+\]")
 
 
