@@ -130,8 +130,8 @@ def summarise(history: History) -> Summary:
 
     Raises:
         TypeError: It is not a History.
-        ValueError: Its leaves have other axes, there is no epoch, or a loss is not finite, as
-            of a lane that was stopped.
+        ValueError: Its leaves have other axes, there is no epoch, or a loss or an accuracy is not finite, as of a lane
+            that was stopped.
 
     >>> from fashion_jax.train import Metrics
     >>> curve = np.array([0.5, 0.4, 0.45])
@@ -143,11 +143,8 @@ def summarise(history: History) -> Summary:
     loss = np.asarray(history.validation.loss, np.float64)
     accuracy = np.asarray(history.validation.accuracy, np.float64)
     training_loss = np.asarray(history.train.loss, np.float64)
-    finite = np.isfinite(loss).all(axis=-1) & np.isfinite(training_loss).all(axis=-1)
-    if not finite.all():
-        raise ValueError(
-            f"history holds losses that are not finite, in runs {np.argwhere(~finite).tolist()}; leave them out"
-        )
+    finite = np.isfinite(np.stack([loss, accuracy, training_loss])).all(axis=(0, -1))
+    _check_finite(finite, "history", "runs")
     best = loss.argmin(axis=-1)
     best_loss, best_accuracy = _at(loss, best), _at(accuracy, best)
     final_loss = np.asarray(loss[..., -1])
@@ -170,16 +167,15 @@ def interval(values: Float[np.ndarray, " seeds"], *, width: float = 1.0) -> Inte
         width: How many times as wide as Student's the interval is to be.
 
     Raises:
-        ValueError: There is no seed.
+        TypeError: The values are no numbers.
+        ValueError: There is no seed, or a value is not finite.
 
     Source: Student, "The Probable Error of a Mean", Biometrika 6 (1908).
 
     >>> print(interval(np.array([1.0, 2.0, 3.0])))
     +2.0000 [-0.4841, +4.4841]
     """
-    values = _numbers(values, "values")
-    if values.ndim != 1 or not len(values):
-        raise ValueError(f"values must have shape [seeds] with at least one seed, got {list(values.shape)}")
+    values = _by_seed(values, "values")
     mean, n = float(values.mean()), len(values)
     if n == 1:
         return Interval(mean, np.nan, np.nan, np.nan, 1)
@@ -200,12 +196,13 @@ def paired(first: Float[np.ndarray, " seeds"], second: Float[np.ndarray, " seeds
         width: How many times as wide as Student's the interval is to be.
 
     Raises:
-        ValueError: The arms differ in their number of seeds.
+        TypeError: The values are no numbers.
+        ValueError: The arms differ in their number of seeds, there is no seed, or a value is not finite.
 
     >>> paired(np.array([0.38, 0.37]), np.array([0.42, 0.43])).mean.__round__(3)
     -0.05
     """
-    first, second = _numbers(first, "first"), _numbers(second, "second")
+    first, second = _by_seed(first, "first"), _by_seed(second, "second")
     if first.shape != second.shape:
         raise ValueError(f"paired arms must have the same seeds, got {list(first.shape)} and {list(second.shape)}")
     return interval(first - second, width=width)
@@ -222,7 +219,8 @@ def best_epochs(loss: Float[np.ndarray, "seeds epochs"]) -> Int[np.ndarray, " se
         loss: One curve a seed; first, third, ... seed are one half. A single seed can choose for itself alone.
 
     Raises:
-        ValueError: There are other axes, or there is no seed or no epoch.
+        TypeError: The losses are no numbers.
+        ValueError: There are other axes, there is no seed or no epoch, or a loss is not finite.
 
     Source: cross-fitting with two folds, as in Chernozhukov et al., "Double/debiased machine learning", 2018.
 
@@ -245,7 +243,8 @@ def late_rises(loss: Float[np.ndarray, "seeds epochs"]) -> Float[np.ndarray, " s
         loss: One curve a seed.
 
     Raises:
-        ValueError: There are other axes, or there is no seed or no epoch.
+        TypeError: The losses are no numbers.
+        ValueError: There are other axes, there is no seed or no epoch, or a loss is not finite.
 
     >>> late_rises(np.array([[3.0, 1.0, 2.0], [3.0, 2.0, 1.5]])).tolist()
     [0.0, -0.5]
@@ -269,7 +268,7 @@ def judge(plain: History, dropout: History) -> list[Verdict]:
 
     Raises:
         TypeError: An arm is not a History.
-        ValueError: Leaves have other axes, or the arms do not share their seeds.
+        ValueError: Leaves have other axes, the arms do not share their seeds, or a number is not finite.
 
     >>> from fashion_jax.train import Metrics
     >>> up, flat = np.array([[0.4, 0.5], [0.4, 0.51]]), np.array([[0.4, 0.4], [0.41, 0.4]])
@@ -350,7 +349,8 @@ def compare(
         quantity: What the numbers are.
 
     Raises:
-        ValueError: The arms differ in their number of seeds.
+        TypeError: The values are no numbers.
+        ValueError: The arms differ in their number of seeds, there is no seed, or a value is not finite.
 
     >>> compare("it helps", np.array([0.9, 0.91]), np.array([0.8, 0.812]), quantity="accuracy").answer
     'supported'
@@ -366,11 +366,28 @@ def _numbers(values, name: str) -> np.ndarray:
         raise TypeError(f"{name} must hold numbers, got {values!r}") from None
 
 
+def _by_seed(values, name: str) -> np.ndarray:
+    values = _numbers(values, name)
+    if values.ndim != 1 or not len(values):
+        raise ValueError(f"{name} must have shape [seeds] with at least one seed, got {list(values.shape)}")
+    _check_finite(np.isfinite(values), name, "seeds")
+    return values
+
+
 def _curves(loss) -> np.ndarray:
     loss = _numbers(loss, "loss")
     if loss.ndim != 2 or not loss.size:
         raise ValueError(f"loss must have shape [seeds, epochs] with at least one of each, got {list(loss.shape)}")
+    # NumPy takes NaN for the lowest, so one stopped run would choose the epoch of half of the others.
+    _check_finite(np.isfinite(loss).all(axis=1), "loss", "seeds")
     return loss
+
+
+def _check_finite(finite, name: str, axis: str) -> None:
+    """Refuse what is not finite; `finite` tells for each run, or each seed, whether all of it is."""
+    if not np.all(finite):
+        lost = np.argwhere(~finite).tolist()
+        raise ValueError(f"{name} holds numbers that are not finite, in {axis} {lost}; leave them out, from every arm")
 
 
 def _at(curves, epochs):

@@ -8,7 +8,7 @@ from scipy import stats
 
 from benchmarks.harness import RECORDS
 from fashion_jax import History, Metrics, evidence
-from fashion_jax.evidence import interval, judge, late_rises, paired, summarise
+from fashion_jax.evidence import best_epochs, compare, interval, judge, late_rises, paired, summarise
 
 EPOCHS = 20
 
@@ -293,5 +293,38 @@ def test_a_training_loss_that_nobody_measured_is_refused():
     """As in PyTorch's curves."""
     arm = made(curves(2))
     unknown = np.full((2, EPOCHS), np.nan)
-    with pytest.raises(ValueError, match=r"losses that are not finite, in runs \[\[0\], \[1\]\]"):
+    with pytest.raises(ValueError, match=r"numbers that are not finite, in runs \[\[0\], \[1\]\]"):
         summarise(arm._replace(train=Metrics(unknown, unknown)))
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+def test_a_stopped_run_does_not_choose_for_the_others(wrong):
+    """NumPy takes NaN for the lowest loss, so half of the others would get the epoch where it stopped."""
+    loss = curves(rise=0.15)
+    loss[1, 3:] = wrong
+    for choose in (best_epochs, late_rises):
+        with pytest.raises(ValueError, match=r"loss holds numbers that are not finite, in seeds \[\[1\]\]"):
+            choose(loss)
+
+
+@pytest.mark.parametrize("wrong", [np.nan, -np.inf])
+def test_numbers_that_are_not_finite_have_no_interval(wrong):
+    numbers, good = np.array([1.0, wrong, 2.0]), np.ones(3)
+    calls = {
+        "values": lambda: interval(numbers),
+        "first": lambda: paired(numbers, good),
+        "second": lambda: compare("it helps", good, numbers, quantity="accuracy"),
+    }
+    for name, call in calls.items():
+        with pytest.raises(ValueError, match=rf"{name} holds numbers that are not finite, in seeds \[\[1\]\]"):
+            call()
+
+
+def test_an_accuracy_that_is_not_finite_is_refused():
+    accuracy = np.full((2, EPOCHS), 0.88)
+    accuracy[1, 0] = np.nan
+    arm = made(curves(2))
+    arm = arm._replace(validation=arm.validation._replace(accuracy=accuracy))
+    for call in (lambda: summarise(arm), lambda: judge(made(curves(2)), arm)):
+        with pytest.raises(ValueError, match=r"not finite, in runs \[\[1\]\]"):
+            call()
