@@ -9,6 +9,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 from scipy.special import entr
 
+from fashion_jax.config import check_count
+
 BINS = 15
 # What `predict` cannot tell from 0: a loss of 87.3 nats.
 LEAST = float(np.finfo(np.float32).tiny)
@@ -106,6 +108,7 @@ def reliability(
         bins: Number of bins of equal width between 0 and 1.
 
     Raises:
+        TypeError: `bins` is not a whole number.
         ValueError: Shapes do not fit, there is no example or no bin, a row is not a distribution, or a label names no
             class.
 
@@ -118,8 +121,7 @@ def reliability(
     """
     from sklearn.calibration import calibration_curve
 
-    if bins < 1:
-        raise ValueError(f"bins must be at least 1, got {bins}")
+    bins = check_count("bins", bins, 1)
     probabilities, labels = _check(probabilities, labels)
     confidence = probabilities.max(axis=1)
     right = probabilities.argmax(axis=1) == labels
@@ -135,7 +137,7 @@ def entropy(probabilities: Float[Array | np.ndarray, "n classes"]) -> Float[np.n
     """Tell how unsure each prediction is, in nats: 0 for one certain class, ln 10 for ten equal ones.
 
     Raises:
-        ValueError: The probabilities have other axes.
+        ValueError: The probabilities have other axes, or a row is not a distribution.
 
     >>> [f"{nats:.4f}" for nats in entropy(np.array([[1.0, 0.0], [0.5, 0.5]]))]
     ['0.0000', '0.6931']
@@ -143,7 +145,7 @@ def entropy(probabilities: Float[Array | np.ndarray, "n classes"]) -> Float[np.n
     probabilities = np.asarray(probabilities, np.float64)
     if probabilities.ndim != 2:
         raise ValueError(f"probabilities must have shape [n, classes], got {list(probabilities.shape)}")
-    return entr(probabilities / probabilities.sum(axis=1, keepdims=True)).sum(axis=1)
+    return entr(_distributions(probabilities)).sum(axis=1)
 
 
 def detection(known: Float[np.ndarray, " n"], foreign: Float[np.ndarray, " m"]) -> float:
@@ -173,13 +175,18 @@ def _check(probabilities, labels):
             "probabilities must have shape [n, classes] and labels [n] with n at least 1, "
             f"got {list(probabilities.shape)} and {list(labels.shape)}"
         )
-    totals = probabilities.sum(axis=1, keepdims=True)
-    # Comparisons with NaN are false.
-    if not (probabilities.min() >= 0 and np.abs(totals - 1).max() < 1e-3):
-        raise ValueError("probabilities must be at least 0 and sum to 1 in each row")
+    probabilities = _distributions(probabilities)
     classes = probabilities.shape[1]
     if labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= classes:
         raise ValueError(
             f"labels must be ints from 0 to {classes - 1}, got {labels.dtype} from {labels.min()} to {labels.max()}"
         )
-    return probabilities / totals, labels
+    return probabilities, labels
+
+
+def _distributions(probabilities):
+    totals = probabilities.sum(axis=1, keepdims=True)
+    # Comparisons with NaN are false.
+    if not ((probabilities >= 0).all() and (np.abs(totals - 1) < 1e-3).all()):
+        raise ValueError("probabilities must be at least 0 and sum to 1 in each row")
+    return probabilities / totals

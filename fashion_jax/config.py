@@ -101,8 +101,7 @@ class TrainConfig:
                 self._hold(name, check_count(name, getattr(self, name), least))
         for name, (expected, fits) in _NUMBERS.items():
             if name not in _OPTIONAL or getattr(self, name) is not None:
-                _check_number(name, getattr(self, name), expected, fits)
-                self._hold(name, float(getattr(self, name)))
+                self._hold(name, _check_number(name, getattr(self, name), expected, fits))
         if not isinstance(self.flip, bool):
             raise TypeError(f"flip must be a bool, got {self.flip!r}")
         if self.dtype not in (None, "bfloat16"):
@@ -184,7 +183,8 @@ _SHARE = ("lie in [0, 1)", lambda value: 0 <= value < 1)
 _POSITIVE = ("be positive and finite", lambda value: 0 < value < math.inf)
 _NUMBERS = {
     "learning_rate": _POSITIVE,
-    "input_dropout": _SHARE,
+    # Programs take it as float32, in which 1 - 1e-9 is 1.
+    "input_dropout": (_SHARE[0], lambda value: 0 <= value < 1 and np.float32(value) < 1),
     "label_smoothing": _SHARE,
     "weight_decay": ("be at least 0 and finite", lambda value: 0 <= value < math.inf),
     "max_norm": _POSITIVE,
@@ -222,11 +222,33 @@ def check_count(name: str, value: Any, least: int) -> int:
     return int(value)
 
 
-def _check_number(name: str, value, expected: str, fits: Callable[[Any], bool]) -> None:
+def check_config(config: Any) -> None:
+    """Refuse what is no TrainConfig.
+
+    Args:
+        config: What a caller gave.
+
+    Raises:
+        TypeError: It is not one.
+
+    >>> check_config({"batch_size": 64})
+    Traceback (most recent call last):
+    TypeError: config must be a TrainConfig, got {'batch_size': 64}
+    """
+    if not isinstance(config, TrainConfig):
+        raise TypeError(f"config must be a TrainConfig, got {config!r}")
+
+
+def _check_number(name: str, value, expected: str, fits: Callable[[Any], bool]) -> float:
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise TypeError(f"{name} must be a float, got {value!r}")
-    if not fits(value):
-        raise ValueError(f"{name} must {expected}, got {value}")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not fits(number):
+        raise ValueError(f"{name} must {expected}, got {number}")
+    return number
 
 
 def _as_json(field: str, value):

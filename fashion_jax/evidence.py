@@ -168,7 +168,7 @@ def interval(values: Float[np.ndarray, " seeds"], *, width: float = 1.0) -> Inte
 
     Raises:
         TypeError: The values are no numbers.
-        ValueError: There is no seed, or a value is not finite.
+        ValueError: There is no seed, a value is not finite, or `width` is not positive.
 
     Source: Student, "The Probable Error of a Mean", Biometrika 6 (1908).
 
@@ -176,6 +176,8 @@ def interval(values: Float[np.ndarray, " seeds"], *, width: float = 1.0) -> Inte
     +2.0000 [-0.4841, +4.4841]
     """
     values = _by_seed(values, "values")
+    if not width > 0:
+        raise ValueError(f"width must be positive, got {width}")
     mean, n = float(values.mean()), len(values)
     if n == 1:
         return Interval(mean, np.nan, np.nan, np.nan, 1)

@@ -26,8 +26,10 @@ Params = dict[str, Any]
 _MASKS = "masks"
 
 
-def check_rate(rate: Any, name: str = "dropout_rate") -> None:
-    """Refuse a concrete dropout rate outside [0, 1); a traced rate passes, its value is not known yet.
+def check_rate(rate: Any, name: str = "dropout_rate") -> Any:
+    """Refuse a concrete dropout rate outside [0, 1), and give it as Python's own number.
+
+    A traced rate is given back as it is: its value is not known yet.
 
     Args:
         rate: Share of units to drop.
@@ -37,23 +39,25 @@ def check_rate(rate: Any, name: str = "dropout_rate") -> None:
         TypeError: It is not a scalar number.
         ValueError: It is outside [0, 1) or NaN.
 
-    >>> check_rate(0.2)
+    >>> check_rate(0)
+    0.0
     >>> check_rate(1.0)
     Traceback (most recent call last):
     ValueError: dropout_rate must lie in [0, 1), got 1.0
     """
     if isinstance(rate, Tracer):
-        return
+        return rate
+    # What float() reads all the same.
+    if isinstance(rate, (bool, str, bytes, bytearray)) or getattr(rate, "dtype", np.dtype(float)).kind in "bc":
+        raise TypeError(f"{name} must be one number in [0, 1), got {rate!r}")
     try:
         value = float(rate)
     except (TypeError, ValueError):
         raise TypeError(f"{name} must be one number in [0, 1), got {rate!r}") from None
-    # What float() reads all the same.
-    if isinstance(rate, (bool, str, bytes, bytearray)) or getattr(rate, "dtype", None) == np.bool_:
-        raise TypeError(f"{name} must be one number in [0, 1), got {rate!r}")
     # Programs take the rate as float32, in which 1 - 1e-9 is 1.
     if not 0 <= value < 1 or np.float32(value) == 1:
         raise ValueError(f"{name} must lie in [0, 1), got {value}")
+    return value
 
 
 class Dropout(nn.Module):
@@ -93,7 +97,11 @@ class Dropout(nn.Module):
         if deterministic:
             return x
         select = _select_after_relu if self.after_relu else _select
-        return select(self.keep_mask(x.shape), x / (1 - self.rate))
+        # A traced rate may be of a wider type than a float that was given, and the result must not depend on that.
+        scaled = x / jnp.asarray(1 - self.rate, jnp.result_type(float))
+        if jnp.issubdtype(x.dtype, jnp.floating):
+            scaled = scaled.astype(x.dtype)
+        return select(self.keep_mask(x.shape), scaled)
 
     def keep_mask(self, shape: tuple[int, ...]) -> Bool[Array, "*shape"]:
         """Draw which entries stay, from the "dropout" stream of random numbers, if `draw_masks` has not done so."""
@@ -273,7 +281,7 @@ def check_log_probabilities(params: Params, config: TrainConfig) -> None:
         return
     total = float(_total_probability(params, config=config))
     # bfloat16 is off by some hundredths.
-    if abs(total - 1) > 0.1:
+    if not abs(total - 1) <= 0.1:
         raise ValueError(
             f"config.model must give log-probabilities, got numbers whose exponentials sum to {total:.4g}, not to 1; "
             "end it with jax.nn.log_softmax"
@@ -282,7 +290,9 @@ def check_log_probabilities(params: Params, config: TrainConfig) -> None:
 
 @functools.partial(jax.jit, static_argnames="config")
 def _total_probability(params, *, config):
-    images = jnp.zeros((1, *config.image_shape), jnp.uint8)
+    # No image of one shade: a network may divide by the spread of its pixels.
+    pixels = np.arange(math.prod(config.image_shape)) % 256
+    images = jnp.asarray(pixels, jnp.uint8).reshape(1, *config.image_shape)
     log_probs = build_model(config).apply({"params": params}, images, deterministic=True)
     return jnp.exp(cast(Array, log_probs).astype(jnp.float32)).sum()
 

@@ -64,7 +64,8 @@ def schedule(config: TrainConfig) -> float | optax.Schedule:
 def limit_norms(max_norm: float) -> optax.GradientTransformation:
     """Scale back the weights that lead to a unit if, after the update, their Euclidean norm is above a limit.
 
-    It comes last of what changes the update. Biases are left alone.
+    It comes last of what changes the update. A kernel's last axis is taken for that of the units, as `flax.linen.Dense`
+    and `flax.linen.Conv` have it; biases, and what has a single axis, are left alone.
 
     Args:
         max_norm: The limit.
@@ -79,14 +80,14 @@ def limit_norms(max_norm: float) -> optax.GradientTransformation:
     True
     """
 
-    def limited(update, param):
-        if param.ndim < 2:
+    def limited(path, update, param):
+        if not _is_kernel(path, param):
             return update
         new = param + update
         norms = jnp.sqrt(jnp.square(new).sum(axis=tuple(range(new.ndim - 1)), keepdims=True))
         return new * jnp.minimum(1, max_norm / jnp.maximum(norms, 1e-30)) - param
 
-    return optax.stateless(lambda updates, params: jax.tree.map(limited, updates, params))
+    return optax.stateless(lambda updates, params: jax.tree_util.tree_map_with_path(limited, updates, params))
 
 
 def average_params(decay: float) -> optax.GradientTransformation:
@@ -155,4 +156,9 @@ def scale_by_adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> opta
 
 
 def _kernels(params):
-    return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+    return jax.tree_util.tree_map_with_path(_is_kernel, params)
+
+
+def _is_kernel(path, leaf) -> bool:
+    # A layer whose units have several axes, such as attention, has biases of several.
+    return leaf.ndim > 1 and jax.tree_util.keystr(path[-1:], simple=True) != "bias"

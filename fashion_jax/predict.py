@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float64, Key, UInt8
 from scipy.special import entr
 
-from fashion_jax.config import TrainConfig, check_count
+from fashion_jax.config import TrainConfig, check_config, check_count
 from fashion_jax.data import check_key, check_pixels
 from fashion_jax.model import Params, build_model, check_params, check_rate
 
@@ -223,6 +223,7 @@ def read_image(path: str | os.PathLike[str], *, light_on_dark: bool | None = Non
 
 
 def _check_images(images, config):
+    check_config(config)
     check_pixels(images, "images")
     if images.shape[1:] != config.image_shape:
         expected = ", ".join(map(str, ("n", *config.image_shape)))

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from fashion_jax import __version__
-from fashion_jax.config import TrainConfig
+from fashion_jax.config import TrainConfig, check_config
 from fashion_jax.evidence import FEW_SEEDS, Summary, Verdict, check_history, summarise
 from fashion_jax.train import History, Metrics
 
@@ -63,8 +63,7 @@ def as_json(arms: Mapping[str, History], *, seeds: list[int], config: TrainConfi
     [[0.5, 0.4]]
     """
     _check_arms(arms)
-    if not isinstance(config, TrainConfig):
-        raise TypeError(f"config must be a TrainConfig, got {config!r}")
+    check_config(config)
     return {
         "environment": environment(),
         "config": config.as_dict(),

@@ -18,8 +18,8 @@ from fashion_jax.config import TrainConfig, check_count
 from fashion_jax.data import Batch
 from fashion_jax.model import check_rate
 from fashion_jax.signals import noting_signals
-from fashion_jax.sweep import check_seeds, sweep
-from fashion_jax.train import History, Metrics, NonFiniteLossError, OnEpoch, Run, init_state, start_lane
+from fashion_jax.sweep import check_seeds, rates_as_trained, stopped_run, sweep
+from fashion_jax.train import History, NonFiniteLossError, OnEpoch, Run, check_run
 
 
 class Setting(NamedTuple):
@@ -76,6 +76,12 @@ def train_settings(
     {'small': (3, 1), 'dropped': (3, 1), 'wide': (3, 2)}
     """
     settings, seeds = _checked(settings), check_seeds(seeds)
+    for name, setting in settings.items():
+        # Of all, before the first is trained: the last one's turn may come hours later.
+        try:
+            check_run(train, validation, config=setting.config, on_epoch=on_epoch)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"settings[{name!r}] cannot be trained: {error}") from error
     needed = programs(settings)
     places = dict.fromkeys(needed) if checkpoint is None else _places(needed, seeds, checkpoint)
     runs: dict[Any, Run] = {}
@@ -93,12 +99,12 @@ def train_settings(
                     checkpoint=places[config, epochs],
                 )
             except NonFiniteLossError as error:
-                run = _stopped(error.run, config, rates, seeds, epochs)
+                run = stopped_run(error.run, config=config, dropout_rates=rates, seeds=seeds, epochs=epochs)
             if noted:
                 break
             for name, setting in settings.items():
                 if (setting.config, setting.epochs) == (config, epochs):
-                    lane = rates.index(setting.dropout_rate)
+                    lane = rates_as_trained(rates).index(rates_as_trained([setting.dropout_rate])[0])
                     runs[name] = jax.tree.map(lambda leaf, lane=lane: np.asarray(leaf[lane]), run)
                     _warn_of_stopped(name, runs[name].history)
     # In the very last epoch, too: nothing else tells a script not to start its next search.
@@ -110,7 +116,8 @@ def train_settings(
 def programs(settings: Mapping[Any, Setting]) -> dict[tuple[TrainConfig, int], list[float]]:
     """Tell which programs the settings need: config and epochs of each, and its dropout rates, the lowest first.
 
-    Programs with fewer epochs come first: a log that goes on then holds no later epochs, which would give way.
+    Programs with fewer epochs come first: a log that goes on then holds no later epochs, which would give way. Rates
+    that are alike in the programs' type, as 0.3 and 0.1 + 0.2 are, are one lane.
 
     Args:
         settings: Name of each setting, and the setting.
@@ -122,7 +129,7 @@ def programs(settings: Mapping[Any, Setting]) -> dict[tuple[TrainConfig, int], l
     found: dict[tuple[TrainConfig, int], list[float]] = {}
     for setting in sorted(settings.values(), key=lambda setting: (setting.epochs, setting.dropout_rate)):
         rates = found.setdefault((setting.config, setting.epochs), [])
-        if setting.dropout_rate not in rates:
+        if rates_as_trained([setting.dropout_rate])[0] not in rates_as_trained(rates):
             rates.append(setting.dropout_rate)
     return found
 
@@ -140,22 +147,10 @@ def _checked(settings) -> dict[Any, Setting]:
             raise TypeError(f"{told} must be a Setting, got {setting!r}")
         if not isinstance(setting.config, TrainConfig):
             raise TypeError(f"{told}.config must be a TrainConfig, got {setting.config!r}")
-        check_rate(setting.dropout_rate, f"{told}.dropout_rate")
+        rate = check_rate(setting.dropout_rate, f"{told}.dropout_rate")
         epochs = check_count(f"{told}.epochs", setting.epochs, 1)
-        checked[name] = Setting(setting.config, float(setting.dropout_rate), epochs)
+        checked[name] = Setting(setting.config, rate, epochs)
     return checked
-
-
-def _stopped(before: Run | None, config, rates, seeds, epochs) -> Run:
-    """Give the Run of a program all of whose lanes have stopped, from the one until the epoch before."""
-    if before is None:
-        starts = [start_lane(init_state(jax.random.key(seed), config=config)) for seed in seeds]
-        lane = jax.tree.map(lambda *leaves: np.stack([np.stack(leaves)] * len(rates)), *starts)
-        none = np.zeros((len(rates), len(seeds), 0), lane.best.loss.dtype)
-        before = Run(lane.state, History(none, Metrics(none, none), Metrics(none, none)), lane.best)
-    lacking = [(0, 0), (0, 0), (0, epochs - before.history.running_loss.shape[-1])]
-    history = jax.tree.map(lambda leaf: np.pad(leaf, lacking, constant_values=np.nan), before.history)
-    return before._replace(history=history)
 
 
 def _warn_of_stopped(name, history: History) -> None:

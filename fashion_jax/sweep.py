@@ -11,6 +11,7 @@ import functools
 import math
 import numbers
 import os
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,7 +30,9 @@ from fashion_jax.signals import noting_signals
 from fashion_jax.threefry import is_threefry
 from fashion_jax.train import (
     EpochEnd,
+    History,
     Lane,
+    Metrics,
     NonFiniteLossError,
     OnEpoch,
     Run,
@@ -125,14 +128,14 @@ def sweep(
     Returns:
         NumPy arrays whose leaves have leading axes [rates, seeds], or [sizes, rates, seeds]; the History's have a last
         axis [epochs]. A lane whose loss is not finite stays where it was, with a warning, and its History is NaN from
-        then on. Ctrl-C ends the run after the last complete epoch, or the last complete size: the History is then
-        shorter than was asked for.
+        then on; so are all of a size of which none is left, where another size has some. Ctrl-C ends the run after the
+        last complete epoch, or the last complete size: the History is then shorter than was asked for.
 
     Raises:
         TypeError: An argument has the wrong type or dtype.
         ValueError: An argument is out of range, has the wrong shape, or names something twice, `config.model` gives no
             log-probabilities, or `checkpoint` belongs to another sweep.
-        NonFiniteLossError: No lane is left with finite losses.
+        NonFiniteLossError: No lane is left with finite losses, of any size.
         MemoryError: A device has no room for so many lanes.
         OSError: The checkpoint directory cannot be written, or another run uses it.
 
@@ -142,11 +145,8 @@ def sweep(
     ((2, 3, 4), (2, 3, 10))
     """
     seeds, dropout_rates = check_seeds(seeds), _listed(dropout_rates, "dropout_rates")
-    for rate in dropout_rates:
-        check_rate(rate, "dropout_rates")
-    dropout_rates = [float(rate) for rate in dropout_rates]
-    # Rates that are alike as the program takes them would be one lane twice.
-    _check_distinct(np.array(dropout_rates, jnp.result_type(float)).tolist(), "dropout_rates")
+    dropout_rates = [check_rate(rate, "dropout_rates") for rate in dropout_rates]
+    _check_distinct(rates_as_trained(dropout_rates), "dropout_rates")
     epochs = check_count("epochs", epochs, 1)
     check_run(train, validation, config=config, on_epoch=on_epoch)
     if train_sizes is not None:
@@ -178,10 +178,17 @@ def sweep(
 
     parts = [subset(train, size, key=jax.random.key(0)) for size in train_sizes]
     runs: list[Run] = []
+    errors: list[NonFiniteLossError] = []
     within = None if checkpoint is None else Checkpoints.of(checkpoint).within
     with noting_signals(terminate=checkpoint is not None) as noted:
         for part in parts:
-            run = one_size(part, checkpoint=within and within(f"{len(part.labels)}-images"))
+            try:
+                run = one_size(part, checkpoint=within and within(f"{len(part.labels)}-images"))
+            except NonFiniteLossError as error:
+                errors.append(error)
+                if len(parts) > 1:
+                    warnings.warn(f"of {len(part.labels)} training examples: {error}", stacklevel=2)
+                run = stopped_run(error.run, config=config, dropout_rates=dropout_rates, seeds=seeds, epochs=epochs)
             if run.history.running_loss.shape[-1] < epochs:
                 break
             runs.append(run)
@@ -189,6 +196,8 @@ def sweep(
                 break
     if not runs:
         raise KeyboardInterrupt
+    if len(errors) == len(runs):
+        raise errors[0]
     return jax.tree.map(lambda *leaves: np.stack(leaves), *runs)
 
 
@@ -214,6 +223,47 @@ def check_seeds(seeds: Sequence[int]) -> list[int]:
     listed = list(map(int, listed))
     _check_distinct(listed, "seeds")
     return listed
+
+
+def rates_as_trained(dropout_rates: Sequence[float]) -> list[float]:
+    """Round dropout rates to the type in which programs take them: rates that are alike there would be one lane twice.
+
+    Args:
+        dropout_rates: As they were given.
+
+    >>> rates_as_trained([0.1 + 0.2]) == rates_as_trained([0.3])
+    True
+    """
+    return np.array(dropout_rates, jnp.result_type(float)).tolist()
+
+
+def stopped_run(
+    before: Run | None, *, config: TrainConfig, dropout_rates: Sequence[float], seeds: Sequence[int], epochs: int
+) -> Run:
+    """Give the Run of a sweep all of whose lanes have stopped, as `sweep` gives it where one is left.
+
+    Args:
+        before: The Run until the epoch before, from the error; None if there was none.
+        config: As it was trained, and so on.
+        dropout_rates: Likewise.
+        seeds: Likewise.
+        epochs: How many were asked for.
+
+    Returns:
+        NumPy arrays with leading axes [rates, seeds]; the History is NaN where nothing was measured.
+
+    >>> run = stopped_run(None, config=TrainConfig(), dropout_rates=[0.0, 0.2], seeds=[0], epochs=3)
+    >>> run.history.running_loss.shape, int(run.state.step.max())
+    ((2, 1, 3), 0)
+    """
+    if before is None:
+        starts = [start_lane(init_state(jax.random.key(seed), config=config)) for seed in seeds]
+        lane = jax.tree.map(lambda *leaves: np.stack([np.stack(leaves)] * len(dropout_rates)), *starts)
+        none = np.zeros((len(dropout_rates), len(seeds), 0), lane.best.loss.dtype)
+        before = Run(lane.state, History(none, Metrics(none, none), Metrics(none, none)), lane.best)
+    lacking = [(0, 0), (0, 0), (0, epochs - before.history.running_loss.shape[-1])]
+    history = jax.tree.map(lambda leaf: np.pad(leaf, lacking, constant_values=np.nan), before.history)
+    return before._replace(history=history)
 
 
 def lanes_that_fit(device: Any, config: TrainConfig) -> int:
@@ -260,13 +310,13 @@ def _sweep(
     train, *, validation, seeds, dropout_rates, config, epochs, on_epoch, checkpoint, devices, lanes_at_once
 ) -> Run:
     mesh = Mesh(np.array(jax.devices() if devices is None else devices), ("lanes",), axis_types=(AxisType.Auto,))
-    generator = jax.random.key(0)
-    together = is_threefry(generator)
+    together = is_threefry(jax.random.key(0))
+    generator = jax.random.key_impl(jax.random.key(0))
     if lanes_at_once is None:
         lanes_at_once = lanes_that_fit(mesh.local_devices[0], config) if together else 1
     if lanes_at_once != 1 and not together:
         raise ValueError(
-            f"lanes_at_once must be 1 where jax_default_prng_impl is {jax.random.key_impl(generator)}, whose draws "
+            f"lanes_at_once must be 1 where jax_default_prng_impl is {generator}, whose draws "
             f"for several lanes at once are not those of each alone; got {lanes_at_once}"
         )
 
@@ -279,7 +329,7 @@ def _sweep(
     axes = len(dropout_rates), len(seeds)
     keys = np.stack([np.asarray(jax.random.key_data(jax.random.key(seed))) for seed in seeds])
     keys = np.tile(keys, (len(dropout_rates), 1))
-    rates = np.repeat(np.array(dropout_rates, jnp.result_type(float)), len(seeds))
+    rates = np.repeat(np.array(rates_as_trained(dropout_rates), jnp.result_type(float)), len(seeds))
     filled = np.resize(np.arange(lanes), -(-lanes // mesh.size) * mesh.size)
     keys, rates = (_place(leaf[filled], mesh, P("lanes")) for leaf in (keys, rates))
     # A CPU device may use a NumPy array as it lies in memory, and the caller may change its own.
@@ -300,17 +350,19 @@ def _sweep(
         )
 
     def epoch(lane):
-        return _epoch(lane, *data, keys, rates, config=config, mesh=mesh, lanes_at_once=lanes_at_once)
+        return _epoch(
+            lane, *data, keys, rates, config=config, mesh=mesh, generator=generator, lanes_at_once=lanes_at_once
+        )
 
     identity = {
         "program": "sweep",
         "seeds": seeds,
-        "generator": str(jax.random.key_impl(generator)),
+        "generator": str(generator),
         "dropout_rates": dropout_rates,
     }
     layout = {"devices": mesh.size, "lanes_at_once": lanes_at_once}
     try:
-        start = _start(keys, config=config, mesh=mesh)
+        start = _start(keys, config=config, mesh=mesh, generator=generator)
         if config.model is not None:
             first = jax.tree.map(lambda leaf: leaf.addressable_data(0)[0], start.state.params)
             check_log_probabilities(first, config)
@@ -345,7 +397,7 @@ def _sweep(
 
 
 def _listed(values, name: str, of: str = "numbers") -> list:
-    if isinstance(values, str) or not hasattr(values, "__iter__") or np.ndim(values) == 0:
+    if isinstance(values, str) or not hasattr(values, "__iter__") or getattr(values, "ndim", 1) == 0:
         raise TypeError(f"{name} must be a sequence of {of}, got {values!r}")
     return list(values)
 
@@ -360,20 +412,22 @@ def _place(array: np.ndarray, mesh: Mesh, spec: P) -> jax.Array:
     return jax.make_array_from_callback(array.shape, NamedSharding(mesh, spec), lambda index: array[index])
 
 
-@functools.partial(jax.jit, static_argnames=("config", "mesh"))
-def _start(keys, *, config, mesh):
+@functools.partial(jax.jit, static_argnames=("config", "mesh", "generator"))
+def _start(keys, *, config, mesh, generator):
     def local(keys):
-        return jax.lax.map(lambda key: start_lane(init_state(jax.random.wrap_key_data(key), config=config)), keys)
+        return jax.lax.map(
+            lambda key: start_lane(init_state(jax.random.wrap_key_data(key, impl=generator), config=config)), keys
+        )
 
     return jax.shard_map(local, mesh=mesh, in_specs=P("lanes"), out_specs=P("lanes"), check_vma=False)(keys)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "mesh", "lanes_at_once"))
-def _epoch(lanes, train, train_eval, validation, keys, rates, *, config, mesh, lanes_at_once):
+@functools.partial(jax.jit, static_argnames=("config", "mesh", "generator", "lanes_at_once"))
+def _epoch(lanes, train, train_eval, validation, keys, rates, *, config, mesh, generator, lanes_at_once):
     def local(lanes, train, train_eval, validation, keys, rates):
         def one(inputs):
             lane, key, rate = inputs
-            key = jax.random.wrap_key_data(key)
+            key = jax.random.wrap_key_data(key, impl=generator)
             return train_and_evaluate_epoch(lane, train, train_eval, validation, key, config=config, dropout_rate=rate)
 
         at_once = None if lanes_at_once == 1 else min(lanes_at_once, len(rates))

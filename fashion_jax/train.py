@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from fashion_jax.augment import augment
 from fashion_jax.checkpoint import Checkpoints, Store, content_digest
-from fashion_jax.config import TrainConfig, check_count
+from fashion_jax.config import TrainConfig, check_config, check_count
 from fashion_jax.data import Batch, check_batch, check_key, subset
 from fashion_jax.model import (
     Params,
@@ -36,7 +36,7 @@ from fashion_jax.model import (
     draw_masks,
     init_params,
 )
-from fashion_jax.optimiser import build_optimiser
+from fashion_jax.optimiser import AverageState, build_optimiser
 from fashion_jax.signals import noting_signals
 from fashion_jax.threefry import bits
 
@@ -221,7 +221,7 @@ def init_state(key: Key[Array, ""], *, config: TrainConfig = TrainConfig()) -> T
     ((784, 256), 0)
     """
     check_key(key)
-    _check_config(config)
+    check_config(config)
     return _init_state(key, config)
 
 
@@ -279,7 +279,7 @@ def train_step(
     >>> int(state.step), metrics.loss.shape
     (1, ())
     """
-    _check_step(key, config, dropout_rate)
+    dropout_rate = _check_step(key, config, dropout_rate)
     return _train_step(state, batch, key, weights, dropout_rate, {}, config=config)
 
 
@@ -326,7 +326,7 @@ def eval_step(params: Params, batch: Batch, *, config: TrainConfig) -> Metrics:
     >>> metrics.loss.shape, metrics.accuracy.shape
     ((), ())
     """
-    _check_config(config)
+    check_config(config)
     _check_data(batch, "batch", config)
     check_params(params, config)
     return _eval_step(params, batch, config=config)
@@ -358,7 +358,7 @@ def evaluate(params: Params, batch: Batch, *, config: TrainConfig) -> Metrics:
     >>> bool(jnp.allclose(in_chunks.loss, at_once.loss))
     True
     """
-    _check_config(config)
+    check_config(config)
     _check_data(batch, "batch", config)
     check_params(params, config)
     return _evaluate(params, batch, config=config)
@@ -407,7 +407,7 @@ def train_epoch(
     >>> int(state.step), losses.shape
     (3, (3,))
     """
-    _check_step(key, config, dropout_rate)
+    dropout_rate = _check_step(key, config, dropout_rate)
     result = _train_epoch(state, train, key, dropout_rate, config=config)
     # To read the step may wait for the epoch before; this one is on its way by now, and nobody waits for it in vain.
     if not isinstance(state.step, Tracer):
@@ -420,6 +420,7 @@ def _train_epoch(state, train, key, dropout_rate, *, config):
     _check_state(state, config)
     _check_data(train, "train", config)
     n = len(train.labels)
+    size = min(config.batch_size, n)
     steps = config.steps_per_epoch(n)
     keys = split_key(key)
     epoch = state.step // steps
@@ -427,7 +428,7 @@ def _train_epoch(state, train, key, dropout_rate, *, config):
     # Both keys are drawn as one, which is fewer kernels to compile.
     order_key, epoch_key = jax.vmap(jax.random.fold_in, (0, None))(jnp.stack([keys.order, keys.dropout]), epoch)
     order = jnp.argsort(bits(order_key, (n,)))
-    indices, weights = _pad_and_split(order, n, config.batch_size)
+    indices, weights = _pad_and_split(order, n, size)
     step_keys = jax.vmap(functools.partial(jax.random.fold_in, epoch_key))(jnp.arange(steps))
 
     def step(state, inputs):
@@ -436,9 +437,7 @@ def _train_epoch(state, train, key, dropout_rate, *, config):
         return state, metrics.loss
 
     def stretch(state, inputs):
-        draw = functools.partial(
-            draw_masks, state.params, n=config.batch_size, config=config, dropout_rate=dropout_rate
-        )
+        draw = functools.partial(draw_masks, state.params, n=size, config=config, dropout_rate=dropout_rate)
         return jax.lax.scan(step, state, (*inputs, jax.vmap(draw)(inputs[-1])))
 
     length = _steps_in_a_stretch(steps, config)
@@ -499,7 +498,7 @@ def train_and_evaluate_epoch(
     >>> outcome.history.train.loss.item() == outcome.history.validation.loss.item() == lane.best.loss.item()
     True
     """
-    _check_step(key, config, dropout_rate)
+    dropout_rate = _check_step(key, config, dropout_rate)
     return _train_and_evaluate_epoch(lane, train, train_eval, validation, key, dropout_rate, config=config)
 
 
@@ -528,12 +527,22 @@ def evaluated_params(state: TrainState, *, config: TrainConfig) -> Params:
         state: Where training stands.
         config: `average_decay`.
 
+    Raises:
+        ValueError: The config asks for an average that the state does not hold.
+
     >>> config = TrainConfig(average_decay=0.99)
     >>> state = init_state(jax.random.key(0), config=config)
     >>> evaluated_params(state, config=config)["fc1"]["kernel"].shape
     (784, 256)
     """
-    return state.params if config.average_decay is None else cast(tuple, state.opt_state)[-1].average
+    if config.average_decay is None:
+        return state.params
+    for part in cast(tuple, state.opt_state):
+        if isinstance(part, AverageState):
+            return part.average
+    raise ValueError(
+        "state holds no averaged parameters, which config.average_decay asks for; it was made with another config"
+    )
 
 
 def start_lane(state: TrainState) -> Lane:
@@ -598,8 +607,7 @@ def fit(
     ((2,), 4)
     """
     check_key(key)
-    check_rate(dropout_rate)
-    dropout_rate = float(dropout_rate)
+    dropout_rate = check_rate(dropout_rate)
     epochs = check_count("epochs", epochs, 1)
     check_run(train, validation, config=config, on_epoch=on_epoch)
     train_eval = train_eval_part(train, config)
@@ -703,7 +711,7 @@ def check_run(train: Batch, validation: Batch, *, config: TrainConfig, on_epoch:
     Traceback (most recent call last):
     ValueError: train.images must have shape [n, 28, 28] for this config, got [1, 14, 14]
     """
-    _check_config(config)
+    check_config(config)
     if on_epoch is not None and not callable(on_epoch):
         raise TypeError(f"on_epoch must be callable, got {on_epoch!r}")
     _check_data(train, "train", config)
@@ -894,14 +902,17 @@ def _eval_totals(params, batch, weights, config) -> Metrics:
 
 
 def _pad_and_split(tree, n: int, size: int):
-    """Split the leading axis n into [ceil(n / size), size]; the padding gets weight 0, the rest weight 1."""
+    """Split the leading axis n into [ceil(n / size), size]; the padding gets weight 0, the rest weight 1.
+
+    The padding repeats the last example: of black images a network of one's own may make NaN, and NaN times 0 is NaN.
+    """
     steps = -(-n // size)
 
-    def split(leaf):
+    def split(leaf, mode="edge"):
         padding = [(0, steps * size - n)] + [(0, 0)] * (leaf.ndim - 1)
-        return jnp.pad(leaf, padding).reshape(steps, size, *leaf.shape[1:])
+        return jnp.pad(leaf, padding, mode).reshape(steps, size, *leaf.shape[1:])
 
-    return jax.tree.map(split, tree), split(jnp.ones(n, jnp.result_type(float)))
+    return jax.tree.map(split, tree), split(jnp.ones(n, jnp.result_type(float)), "constant")
 
 
 def _check_data(batch: Batch, name: str, config: TrainConfig) -> None:
@@ -911,15 +922,36 @@ def _check_data(batch: Batch, name: str, config: TrainConfig) -> None:
         raise ValueError(f"{name}.images must have shape [{expected}] for this config, got {list(batch.images.shape)}")
 
 
-def _check_config(config) -> None:
-    if not isinstance(config, TrainConfig):
-        raise TypeError(f"config must be a TrainConfig, got {config!r}")
-
-
 def _check_state(state, config: TrainConfig) -> None:
-    if not isinstance(state, TrainState):
-        raise TypeError(f"state must be a TrainState, as init_state gives it, got {type(state).__name__}")
+    _check_is_state("state", state)
     check_params(state.params, config)
+    _check_leaf_names("state", state, config)
+
+
+def _check_is_state(name: str, state) -> None:
+    if not isinstance(state, TrainState):
+        raise TypeError(f"{name} must be a TrainState, as init_state gives it, got {type(state).__name__}")
+
+
+def _check_leaf_names(name: str, state: TrainState, config: TrainConfig) -> None:
+    names, expected = _leaf_names(state), _expected_names(config)
+    if names != expected:
+        wrong = [f"{name}{leaf} is missing" for leaf in sorted(expected - names)]
+        wrong += [f"{name}{leaf} is one too many" for leaf in sorted(names - expected)]
+        raise ValueError(f"{name} does not fit the config: {'; '.join(wrong)}")
+
+
+@functools.lru_cache(maxsize=128)
+def _expected_names(config: TrainConfig) -> frozenset[str]:
+    return _leaf_names(_expected_state(config))
+
+
+def _expected_state(config: TrainConfig) -> TrainState:
+    return jax.eval_shape(functools.partial(init_state, config=config), jax.random.key(0))
+
+
+def _leaf_names(tree) -> frozenset[str]:
+    return frozenset(jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree))
 
 
 def _check_between_epochs(name: str, state: TrainState, steps: int) -> None:
@@ -928,17 +960,9 @@ def _check_between_epochs(name: str, state: TrainState, steps: int) -> None:
 
 
 def _check_start(start: TrainState, config: TrainConfig, steps: int) -> None:
-    expected = jax.eval_shape(functools.partial(init_state, config=config), jax.random.key(0))
-    if not isinstance(start, TrainState):
-        raise TypeError(f"start must be a TrainState, as init_state gives it, got {type(start).__name__}")
-    names, expected_names = (
-        {jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)}
-        for tree in (start, expected)
-    )
-    if names != expected_names:
-        wrong = [f"start{name} is missing" for name in sorted(expected_names - names)]
-        wrong += [f"start{name} is one too many" for name in sorted(names - expected_names)]
-        raise ValueError(f"start does not fit the config: {'; '.join(wrong)}")
+    _check_is_state("start", start)
+    _check_leaf_names("start", start, config)
+    expected = _expected_state(config)
     pairs = zip(jax.tree_util.tree_leaves_with_path(start), jax.tree.leaves(expected), strict=True)
     for (path, found), leaf in pairs:
         if (jnp.shape(found), jnp.result_type(found)) != (leaf.shape, leaf.dtype):
@@ -954,7 +978,8 @@ def _check_start(start: TrainState, config: TrainConfig, steps: int) -> None:
     _check_between_epochs("start", start, steps)
 
 
-def _check_step(key, config, dropout_rate) -> None:
+def _check_step(key, config, dropout_rate):
+    """Refuse what no step can use; give the rate as one type, so that a program serves all that are not traced."""
     check_key(key)
-    check_rate(dropout_rate)
-    _check_config(config)
+    check_config(config)
+    return check_rate(dropout_rate)
