@@ -21,7 +21,7 @@ from fashion_jax import Batch, FashionMLP, History, Metrics, TrainConfig, data, 
 from fashion_jax.checkpoint import Checkpoints
 from fashion_jax.files import write_atomically
 from fashion_jax.model import check_rate, standardise
-from fashion_jax.predict import predict_mc
+from fashion_jax.predict import predict, predict_mc
 from fashion_jax.sweep import sweep
 
 pytestmark = pytest.mark.usefixtures("unchecked")
@@ -241,6 +241,25 @@ def test_what_is_no_state_is_refused(tiny, state):
     for take in (train.train_step, train.train_epoch):
         with pytest.raises(TypeError, match="state must be a TrainState, as init_state gives it, got dict"):
             take(state.params, tiny, KEY, config=CONFIG, dropout_rate=0.2)
+
+
+def test_an_optimiser_s_state_of_another_config_is_refused(tiny, state):
+    averaged = dataclasses.replace(CONFIG, average_decay=0.9)
+    for take in (train.train_step, train.train_epoch):
+        with pytest.raises(
+            ValueError, match=r"state does not fit the config: state\.opt_state\[.*average.* is missing"
+        ):
+            take(state, tiny, KEY, config=averaged, dropout_rate=0.2)
+        with pytest.raises(ValueError, match=r"state\.opt_state\[.*average.* is one too many"):
+            take(train.init_state(KEY, config=averaged), tiny, KEY, config=CONFIG, dropout_rate=0.2)
+    with pytest.raises(ValueError, match=r"state holds no averaged parameters, which config\.average_decay asks for"):
+        train.evaluated_params(state, config=averaged)
+
+
+def test_what_is_no_config_is_refused_where_images_are_classified(tiny, state):
+    for call in (predict, partial(predict_mc, key=KEY, samples=2, dropout_rate=0.2)):
+        with pytest.raises(TypeError, match=r"config must be a TrainConfig, got \{'hidden': 8\}"):
+            call(state.params, tiny.images, config={"hidden": 8})
 
 
 def test_an_epoch_does_not_start_within_one(tiny, state):

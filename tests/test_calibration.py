@@ -96,11 +96,20 @@ def test_what_is_no_distribution_is_refused(probabilities, labels, message, unch
         calibration.score(probabilities, labels)
 
 
+@pytest.mark.parametrize("rows", [[[-1.2, -0.4]], [[0.0, 0.0]], [[np.nan, 0.5]], [[0.5, 0.5], [2.0, 1.0]]])
+def test_what_is_no_distribution_has_no_entropy(rows):
+    with pytest.raises(ValueError, match="probabilities must be at least 0 and sum to 1 in each row"):
+        calibration.entropy(np.array(rows))
+
+
 def test_probabilities_without_rows_and_bins_below_1_are_refused(unchecked):
     with pytest.raises(ValueError, match=r"probabilities must have shape \[n, classes\], got \[2\]"):
         calibration.entropy(np.array([0.1, 0.9]))
     for bins in (0, -1):
         with pytest.raises(ValueError, match=f"bins must be at least 1, got {bins}"):
+            calibration.reliability(np.array([[0.1, 0.9]]), np.array([0]), bins=bins)
+    for bins in (2.5, "3", None):
+        with pytest.raises(TypeError, match="bins must be an int"):
             calibration.reliability(np.array([[0.1, 0.9]]), np.array([0]), bins=bins)
 
 

@@ -320,6 +320,12 @@ def test_numbers_that_are_not_finite_have_no_interval(wrong):
             call()
 
 
+@pytest.mark.parametrize("width", [0.0, -1.0, np.nan])
+def test_an_interval_has_a_width(width):
+    with pytest.raises(ValueError, match="width must be positive, got"):
+        interval(np.arange(3.0), width=width)
+
+
 def test_an_accuracy_that_is_not_finite_is_refused():
     accuracy = np.full((2, EPOCHS), 0.88)
     accuracy[1, 0] = np.nan

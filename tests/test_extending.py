@@ -302,6 +302,37 @@ def test_logits_are_refused_before_training(small):
             train(small, small, config=config, epochs=1, on_epoch=pytest.fail)
 
 
+class Normalised(nn.Module):
+    """Undefined for images of one shade."""
+
+    dropout_rate: float | jax.Array = 0.0
+    end: Callable = staticmethod(nn.log_softmax)
+
+    @nn.compact
+    def __call__(self, x, *, deterministic):
+        x = standardise(x).reshape(len(x), -1)
+        x = (x - x.mean(axis=1, keepdims=True)) / x.std(axis=1, keepdims=True)
+        return self.end(nn.Dense(10)(x))
+
+
+def test_no_padding_is_measured(small):
+    """Whatever a network makes of a black image: NaN times a weight of 0 is NaN."""
+    part = Batch(*(leaf[:50] for leaf in small))
+    config = TrainConfig(model=Normalised, eval_batch_size=20, batch_size=20)
+    run = fit(part, part, key=KEY, config=config, epochs=1)
+    params = run.state.params
+    log_probs = np.log(np.asarray(predict(params, part.images, config=config), np.float64))
+    expected = -log_probs[np.arange(50), part.labels].mean()
+    assert evaluate(params, part, config=config).loss == pytest.approx(expected, rel=1e-5)
+    assert run.history.validation.loss[0] == pytest.approx(expected, rel=1e-5)
+
+
+def test_logits_of_a_network_that_is_undefined_for_a_black_image_are_refused(small):
+    logits = functools.partial(Normalised, end=Logits.end)
+    with pytest.raises(ValueError, match=r"config\.model must give log-probabilities"):
+        fit(small, small, key=KEY, config=TrainConfig(model=logits), epochs=1, on_epoch=pytest.fail)
+
+
 def test_log_probabilities_of_half_precision_are_taken():
     config = TrainConfig(model=functools.partial(Logits, end=half_log_softmax))
     check_log_probabilities(init_state(KEY, config=config).params, config)
@@ -325,6 +356,8 @@ def test_a_loss_that_is_one_number_is_refused(small, loss):
         ({"image_shape": [28, 28]}, TypeError, "image_shape must be a tuple of ints"),
         ({"classes": 1}, ValueError, "classes must be at least 2, got 1"),
         ({"input_dropout": 1.0}, ValueError, r"input_dropout must lie in \[0, 1\), got 1\.0"),
+        ({"input_dropout": 1 - 1e-9}, ValueError, r"input_dropout must lie in \[0, 1\)"),
+        ({"learning_rate": 10**400}, ValueError, "learning_rate must be positive and finite, got inf"),
         ({"label_smoothing": -0.1}, ValueError, r"label_smoothing must lie in \[0, 1\)"),
         ({"label_smoothing": float("nan")}, ValueError, r"label_smoothing must lie in \[0, 1\), got nan"),
         ({"dtype": "float16"}, ValueError, 'dtype must be "bfloat16" or None'),

@@ -214,7 +214,7 @@ def test_rates_outside_the_range_are_refused(rate, unchecked):
         FashionMLP(dropout_rate=rate)
 
 
-@pytest.mark.parametrize("rate", ["0.2", None, True, (0.1, 0.2)])
+@pytest.mark.parametrize("rate", ["0.2", None, True, (0.1, 0.2), np.complex64(0.2), jnp.array(False)])
 def test_rates_of_a_wrong_type_are_refused(rate, unchecked):
     with pytest.raises(TypeError, match="must be one number"):
         FashionMLP(dropout_rate=rate)
@@ -253,3 +253,15 @@ def test_uniform_maps_over_keys_and_serves_other_generators():
 def test_uniform_is_jax_random_uniform_with_its_older_counters():
     with jax.threefry_partitionable(False):
         np.testing.assert_array_equal(uniform(KEY, (7, 3)), jax.random.uniform(KEY, (7, 3)))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+def test_dropout_keeps_the_type_whatever_the_rate_s(dtype, unchecked):
+    """`fit` traces a Python float, `sweep` a float32."""
+    x = jax.random.normal(jax.random.key(1), (50, 40)).astype(dtype)
+    rates = (0.3, np.float32(0.3), jnp.float32(0.3))
+    results = [dropout(x, rate) for rate in rates] + [jax.jit(dropout)(x, rate) for rate in rates]
+    for result in results:
+        assert result.dtype == dtype
+        np.testing.assert_array_equal(result, results[0])
+    np.testing.assert_array_equal(dropout(x, jnp.float32(0.0)), x)

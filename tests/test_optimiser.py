@@ -150,3 +150,17 @@ def test_the_average_is_that_of_the_limited_weights():
     np.testing.assert_allclose(optax.apply_updates(kernel, updates), 0.5, atol=1e-6)
     # After the first step the old average has a weight of 1/10.
     np.testing.assert_allclose(state[-1].average, 0.1 * 3 + 0.9 * 0.5, atol=1e-6)
+
+
+def test_biases_of_several_axes_are_no_kernels():
+    """Attention has them: one axis for the heads."""
+    params = {"query": {"kernel": 3 * jnp.ones((4, 2, 2)), "bias": 3 * jnp.ones((2, 2))}}
+    nothing = jax.tree.map(jnp.zeros_like, params)
+    limit = limit_norms(1.0)
+    updates, _ = limit.update(nothing, limit.init(params), params)
+    assert not updates["query"]["bias"].any()
+    assert updates["query"]["kernel"].all()
+    decayed = build_optimiser(TrainConfig(weight_decay=0.1))
+    updates, _ = decayed.update(nothing, decayed.init(params), params)
+    assert not updates["query"]["bias"].any()
+    assert updates["query"]["kernel"].all()

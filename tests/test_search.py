@@ -184,6 +184,15 @@ def test_a_setting_that_stops_is_named_and_the_others_are_trained(few, tmp_path)
         assert_trees_equal(jax.tree.map(lambda leaf, at=lane: leaf[at], runs["bad"].best.params), start.params)
 
 
+def test_rates_that_are_alike_to_the_program_are_one_lane(few):
+    ends = []
+    settings = {"a": Setting(TINY, 0.3, 1), "b": Setting(TINY, 0.1 + 0.2, 1), "c": Setting(TINY, np.float32(0.3), 1)}
+    runs = train_settings(few, few, settings=settings, seeds=[0], on_epoch=ends.append)
+    assert [end.history.running_loss.shape for end in ends] == [(1, 1)]
+    assert_trees_equal(runs["b"], runs["a"])
+    assert_trees_equal(runs["c"], runs["a"])
+
+
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
@@ -199,6 +208,11 @@ def test_a_setting_that_stops_is_named_and_the_others_are_trained(few, tmp_path)
         ({"a": Setting(None)}, TypeError, r"settings\['a'\]\.config must be a TrainConfig, got None"),
         ({"a": Setting(SMALL, "x")}, TypeError, r"settings\['a'\]\.dropout_rate must be one number"),
         ({"a": Setting(SMALL, 1.0)}, ValueError, r"settings\['a'\]\.dropout_rate must lie in \[0, 1\), got 1\.0"),
+        (
+            {"a": Setting(replace(SMALL, image_shape=(14, 14)))},
+            ValueError,
+            r"settings\['a'\] cannot be trained: train\.images must have shape \[n, 14, 14\]",
+        ),
         ({"a": Setting(SMALL, 0.0, 0)}, ValueError, r"settings\['a'\]\.epochs must be at least 1, got 0"),
         ({"a": Setting(SMALL, 0.0, 1.0)}, TypeError, r"settings\['a'\]\.epochs must be an int, got 1\.0"),
     ],

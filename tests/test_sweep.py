@@ -12,6 +12,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import optax
 import pytest
 import sweep_worker
 
@@ -239,6 +240,32 @@ def test_other_generators_draw_for_one_lane_at_a_time(small, validation):
         assert_close(jax.tree.map(lambda leaf: leaf[0, 1], run.history), alone.history, **CLOSE)
         with pytest.raises(ValueError, match=r"lanes_at_once must be 1 where jax_default_prng_impl is rbg.*got 2"):
             sweep(small, validation, seeds=[3, 4], dropout_rates=[0.5], lanes_at_once=2, **options)
+
+
+@pytest.mark.parametrize("order", [("rbg", "unsafe_rbg"), ("unsafe_rbg", "rbg")])
+def test_generators_whose_keys_are_alike_share_no_program(small, order):
+    jax.clear_caches()
+    options = {"config": TrainConfig(hidden=(16,)), "epochs": 1}
+    for generator in order:
+        with jax.default_prng_impl(generator):
+            run = sweep(small, small, seeds=[3], dropout_rates=[0.5], **options)
+            alone = fit(small, small, key=jax.random.key(3), dropout_rate=0.5, **options)
+            assert_close(jax.tree.map(lambda leaf: leaf[0, 0], run.history), alone.history, **CLOSE)
+
+
+def test_a_size_that_diverges_leaves_the_others(small):
+    """One step leaves huge weights, and the next ones overflow."""
+    part = Batch(*(leaf[:64] for leaf in small))
+    config = TrainConfig(hidden=(8,), batch_size=16, optimiser=optax.sgd, learning_rate=1e18)
+    options = {"seeds": [0, 1], "dropout_rates": [0.0], "config": config, "epochs": 1}
+    alone = sweep(part, part, **options, train_sizes=[16])
+    with pytest.warns(UserWarning, match=r"^of 64 training examples: .*the loss is not finite"):
+        run = sweep(part, part, **options, train_sizes=[16, 64])
+    jax.tree.map(lambda leaf, other: np.testing.assert_array_equal(leaf[0], other[0]), run, alone)
+    for leaf in jax.tree.leaves(run.history):
+        assert np.isfinite(leaf[0]).all() and np.isnan(leaf[1]).all()
+    with pytest.raises(NonFiniteLossError):
+        sweep(part, part, **options, train_sizes=[64])
 
 
 def test_when_every_lane_fails_the_error_has_a_run_like_any_other(small):

@@ -403,3 +403,23 @@ def test_evaluation_inside_a_jit_with_data_from_outside(small):
     data, params = to_device(small), init_state(KEY).params
     inside = jax.jit(lambda params: evaluate(params, data, config=CONFIG))(params)
     assert float(inside.loss) == pytest.approx(float(evaluate(params, data, config=CONFIG).loss), rel=1e-6)
+
+
+def test_rates_of_any_type_share_a_program(small, unchecked):
+    config = TrainConfig(hidden=(24,))
+    batch = Batch(*(jnp.array(leaf[:64]) for leaf in small))
+    state = init_state(KEY, config=config)
+    before = train._train_step._cache_size()
+    for rate in (0.2, 0, np.float32(0.2), jnp.float32(0.2)):
+        train_step(state, batch, KEY, config=config, dropout_rate=rate)
+    assert train._train_step._cache_size() == before + 1
+
+
+def test_a_batch_is_no_larger_than_the_data(small):
+    """With a billion, a batch as large as it was asked for would need terabytes."""
+    part = Batch(*(jnp.array(leaf[:50]) for leaf in small))
+    expected, huge = (
+        train_epoch(init_state(KEY), part, KEY, config=TrainConfig(batch_size=size), dropout_rate=0.2)
+        for size in (50, 10**9)
+    )
+    jax.tree.map(np.testing.assert_array_equal, huge, expected)
