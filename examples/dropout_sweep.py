@@ -52,7 +52,9 @@ class Flags:
 
 def main(flags: Flags) -> int:
     preset = PRESETS[flags.preset]
-    rates, sizes = flags.rates or preset["rates"], flags.sizes or preset["sizes"]
+    rates, sizes = (
+        preset[name] if given is None else given for name, given in {"rates": flags.rates, "sizes": flags.sizes}.items()
+    )
     seeds = range(preset["seeds"] if flags.seeds is None else flags.seeds)
     if not seeds:
         raise ValueError(f"--seeds must be at least 1, got {flags.seeds}")
@@ -124,7 +126,7 @@ def main(flags: Flags) -> int:
     files.write_atomically(flags.output / "report.md", "\n\n".join(sections) + "\n")
     plot.save(plot.study(summary, dropout_rates=rates, sizes=sizes), flags.output / "study.png", dpi=130)
     print(f"study.png, report.md and history.json are in {flags.output}", file=sys.stderr)
-    return 0 if complete == len(flags.sizes or preset["sizes"]) else INTERRUPTED
+    return 0 if complete == len(sizes) else INTERRUPTED
 
 
 if __name__ == "__main__":

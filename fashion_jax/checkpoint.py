@@ -19,6 +19,7 @@ import logging
 import math
 import numbers
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,7 +32,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from fashion_jax import __version__
-from fashion_jax.files import prepare_directory, write_atomically
+from fashion_jax.files import PARTIAL, prepare_directory, write_atomically
 
 SEAL, LOCK, FORMAT = "seal.json", "fashion_jax.lock", 1
 logger: logging.Logger = logging.getLogger(__name__)
@@ -368,11 +369,19 @@ class Store:
 
 
 def _refuse_other_directories(directory: Path) -> None:
-    """A directory in which checkpoints come and go must not hold anything else."""
+    """A directory in which checkpoints come and go must not hold anything else, nor have a name that orbax misreads."""
+    # orbax looks for the files that it has written by a pattern, which the directory's own path is a part of.
+    found = re.search(r"\[.*\]|\\|[\ud800-\udfff]", str(directory), re.DOTALL)
+    if found:
+        raise ValueError(
+            f"checkpoints cannot be kept in {str(directory)!r}, because orbax misreads {found.group()!r} in a path; "
+            "name another directory"
+        )
     if directory.exists() and not directory.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, "checkpoints need a directory", str(directory))
     if directory.is_dir() and not (directory / LOCK).exists():
-        others = sorted(path.name for path in directory.iterdir())
+        # A run that was killed in its first moments has left no more than a probe.
+        others = sorted(path.name for path in directory.iterdir() if not PARTIAL.fullmatch(path.name))
         if others:
             raise ValueError(
                 f"{directory} is not a directory of checkpoints: it has no {LOCK}, and holds {others[0]!r}. "

@@ -119,7 +119,7 @@ def load(data_dir: str | os.PathLike[str] | None = None, *, source: str = "auto"
         data_dir, named_by = os.environ[DATA_VARIABLE], f"${DATA_VARIABLE}"
     if not isinstance(data_dir, (str, os.PathLike, type(None))):
         raise TypeError(f"data_dir must be a path, got {data_dir!r}")
-    directory = None if data_dir is None else Path(data_dir).expanduser()
+    directory = None if data_dir is None else _expanded(data_dir)
     if directory is not None and not directory.is_dir() and source != "download":
         state = "is not a directory" if directory.exists() else "does not exist"
         raise FileNotFoundError(
@@ -216,6 +216,12 @@ def check_batch(batch: Batch, name: str, *, classes: int | None = len(CLASS_NAME
     """
     if not (isinstance(batch, Batch) and all(hasattr(leaf, "dtype") for leaf in batch)):
         raise TypeError(f"{name} must be a Batch of two arrays, got {type(batch).__name__}")
+    for part, leaf in batch._asdict().items():
+        if not isinstance(leaf.dtype, np.dtype):
+            raise TypeError(
+                f"{name}.{part} must be an array of NumPy or JAX, got {type(leaf).__module__}.{type(leaf).__name__} of "
+                f"{leaf.dtype}; PyTorch's tensors have .numpy()"
+            )
     images, labels = batch
     check_pixels(images, f"{name}.images")
     if not jnp.issubdtype(labels.dtype, np.integer):
@@ -304,14 +310,22 @@ def cache_dir() -> Path:
     >>> cache_dir().name
     'fashion_jax'
     """
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fashion_jax"
+    return _expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "fashion_jax"
+
+
+def _expanded(path: str | os.PathLike[str]) -> Path:
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise FileNotFoundError(f"{path} names no directory: {error}") from None
 
 
 def _stratified_order(labels, key) -> np.ndarray:
     """Order the examples at random so that every prefix holds each class in proportion."""
     permutation = np.asarray(jax.random.permutation(key, len(labels)))
     shuffled = np.asarray(labels)[permutation]
-    counts = np.bincount(shuffled)
+    # Labels may be any ints, and huge ones.
+    _, shuffled, counts = np.unique(shuffled, return_inverse=True, return_counts=True)
     by_class = np.argsort(shuffled, kind="stable")
     rank = np.empty(len(labels), np.int64)
     rank[by_class] = np.arange(len(labels)) - np.repeat(counts.cumsum() - counts, counts)
@@ -373,20 +387,26 @@ def _as_idx(array) -> bytes:
 def _verified(arrays: dict[str, np.ndarray], origin: dict[str, str]) -> Splits:
     """Make Splits of the four arrays, or say which one does not hold what was published."""
     for name, array in arrays.items():
-        digest = hashlib.sha256(_as_idx(array)).hexdigest()
-        if digest != DIGESTS[name]:
-            held = next(
-                (f"the content of {other}" for other, published in DIGESTS.items() if published == digest), None
-            )
-            raise ValueError(
-                f"{origin[name]}: expected the published {name} with SHA-256 {DIGESTS[name]}, found "
-                f"{held or f'{list(array.shape)} bytes{_range(array)} with SHA-256 {digest}'}; fetch it again"
-            )
+        _check_published(name, array, origin[name])
+    return _splits(arrays)
+
+
+def _splits(arrays: dict[str, np.ndarray]) -> Splits:
     images = [arrays[name] for name in DIGESTS if "images" in name]
     labels = [arrays[name].astype(np.int32) for name in DIGESTS if "labels" in name]
     for array in labels:
         array.flags.writeable = False
     return Splits(*map(Batch, images, labels))
+
+
+def _check_published(name: str, array: np.ndarray, origin: str) -> None:
+    digest = hashlib.sha256(_as_idx(array)).hexdigest()
+    if digest != DIGESTS[name]:
+        held = next((f"the content of {other}" for other, published in DIGESTS.items() if published == digest), None)
+        raise ValueError(
+            f"{origin}: expected the published {name} with SHA-256 {DIGESTS[name]}, found "
+            f"{held or f'{list(array.shape)} bytes{_range(array)} with SHA-256 {digest}'}; fetch it again"
+        )
 
 
 def _range(array) -> str:
@@ -396,39 +416,56 @@ def _range(array) -> str:
 def _from_idx(directory: Path | None, others: tuple[Path, ...]) -> Splits | None:
     places = [] if directory is None else [directory, directory / "FashionMNIST" / "raw"]
     for place in [*places, *others]:
-        named, ours = place in places, place == cache_dir()
-        found: dict[str, Path] = {}
         try:
-            found = {
-                name: path for name in DIGESTS for suffix in (".gz", "") if (path := place / (name + suffix)).is_file()
-            }
-            missing = DIGESTS.keys() - found.keys()
-            if missing and found and not ours:
-                raise FileNotFoundError(f"{place} lacks {', '.join(sorted(missing))} beside the other IDX files")
-            if missing:
-                continue
-            arrays = {name: read_idx(path) for name, path in found.items()}
-            splits = _verified(arrays, {name: str(path) for name, path in found.items()})
+            splits = _from_cache(place) if place == cache_dir() else _from_place(place)
         except PermissionError as error:
-            if named:
+            if place in places:
                 raise
             _log.warning("passing over what may not be read: %s", error)
             continue
-        except ValueError as error:
-            if not ours:
-                raise
-            _log.warning("removing a damaged file from the cache: %s", error)
-            for path in found.values():
-                with contextlib.suppress(OSError):
-                    path.unlink()
-            continue
-        _log.info("Fashion-MNIST from the IDX files in %s", place)
-        return splits
+        if splits is not None:
+            _log.info("Fashion-MNIST from the IDX files in %s", place)
+            return splits
     return None
 
 
+def _spellings(place: Path, name: str) -> list[Path]:
+    return [path for suffix in ("", ".gz") if (path := place / (name + suffix)).is_file()]
+
+
+def _from_place(place: Path) -> Splits | None:
+    found = {name: paths[0] for name in DIGESTS if (paths := _spellings(place, name))}
+    if not found:
+        return None
+    missing = DIGESTS.keys() - found.keys()
+    if missing:
+        raise FileNotFoundError(f"{place} lacks {', '.join(sorted(missing))} beside the other IDX files")
+    arrays = {name: read_idx(path) for name, path in found.items()}
+    return _verified(arrays, {name: str(path) for name, path in found.items()})
+
+
+def _from_cache(place: Path) -> Splits | None:
+    """Read our own files, and remove those that are damaged; what is lacking then is fetched again."""
+    arrays: dict[str, np.ndarray] = {}
+    for name in DIGESTS:
+        for path in _spellings(place, name):
+            try:
+                array = read_idx(path)
+                _check_published(name, array, str(path))
+            except PermissionError:
+                raise
+            except ValueError as error:
+                _log.warning("removing a damaged file from the cache: %s", error)
+                with contextlib.suppress(OSError):
+                    path.unlink()
+            else:
+                arrays[name] = array
+                break
+    return _splits(arrays) if arrays.keys() == DIGESTS.keys() else None
+
+
 def _tfds_dirs(directory: Path | None) -> list[Path]:
-    default = Path(os.environ.get("TFDS_DATA_DIR") or Path.home() / "tensorflow_datasets").expanduser()
+    default = _expanded(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
     return [default] if directory is None else [directory, default]
 
 
@@ -636,6 +673,9 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("stopped; nothing was kept of what was under way, the same command begins it anew", file=sys.stderr)
+        return 130
     print(_report(splits))
     return 0
 

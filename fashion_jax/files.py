@@ -6,6 +6,7 @@ can be told from what a living one is at, and the next writer in the same direct
 """
 
 import contextlib
+import errno
 import fcntl
 import os
 import re
@@ -15,7 +16,8 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-_PARTIAL = re.compile(r"\..+-[0-9a-f]{8}\.partial")
+# What the temporary names are like.
+PARTIAL: re.Pattern[str] = re.compile(r"\..+-[0-9a-f]{8}\.partial")
 
 
 def write_atomically(path: str | os.PathLike[str], content: bytes | str) -> None:
@@ -29,7 +31,8 @@ def write_atomically(path: str | os.PathLike[str], content: bytes | str) -> None
 
     Raises:
         TypeError: `content` is neither bytes nor text.
-        OSError: The directory cannot be written, or the disk is full; an existing file is left as it was.
+        OSError: The directory cannot be written, the disk is full, or what is there is no regular file, as a device is
+            not; an existing file is left as it was.
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp()) / "deep" / "note.txt"
@@ -41,7 +44,10 @@ def write_atomically(path: str | os.PathLike[str], content: bytes | str) -> None
         raise TypeError(f"content must be bytes or str, got {type(content).__name__}")
     path = Path(path)
     try:
-        target = path.resolve()
+        target = _resolved(path)
+        if target.exists() and not target.is_file():
+            number, found = (errno.EISDIR, "a directory") if target.is_dir() else (errno.EINVAL, "no regular file")
+            raise OSError(number, f"this is {found}")
         target.parent.mkdir(parents=True, exist_ok=True)
         remove_partial(target.parent)
         with _partial(target, directory=False) as (descriptor, temporary):
@@ -131,7 +137,7 @@ def remove_partial(directory: str | os.PathLike[str]) -> None:
     """
     with contextlib.suppress(OSError):
         for path in Path(directory).iterdir():
-            if not _PARTIAL.fullmatch(path.name):
+            if not PARTIAL.fullmatch(path.name):
                 continue
             with contextlib.suppress(OSError):
                 descriptor = _open(path)
@@ -163,6 +169,14 @@ def locked(directory: str | os.PathLike[str]) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def _resolved(path: Path) -> Path:
+    try:
+        return path.resolve()
+    except RuntimeError as error:
+        # What Python had for links that lead to themselves before 3.13.
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP)) from error
 
 
 @contextlib.contextmanager

@@ -129,6 +129,8 @@ def from_torch(state_dict: Mapping[str, Any], *, config: TrainConfig | None = No
     layers: dict[str, dict[str, np.ndarray]] = {}
     wrong: list[str] = []
     for name, tensor in state_dict.items():
+        if not isinstance(name, str):
+            raise TypeError(f"state_dict must have names such as 'fc1.weight', got {name!r}")
         array = _as_numpy(name, tensor)
         layer, _, part = name.rpartition(".")
         axes = {"weight": 2, "bias": 1}.get(part)
@@ -267,12 +269,13 @@ def load_safetensors(path: str | os.PathLike[str]) -> Network:
         path: The file.
 
     Raises:
-        FileNotFoundError: There is no such file.
+        OSError: There is no such file, or it cannot be read.
         ValueError: The file is damaged, or another program wrote it.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
+    # safetensors says of a file that may not be read, and of a directory, that there is none.
+    with path.open("rb"):
+        pass
     try:
         with safetensors.safe_open(path, "numpy") as file:
             metadata = dict(file.metadata() or {})
@@ -464,6 +467,8 @@ def _check_network(params: Mapping[str, Any], config: TrainConfig, class_names: 
 def _as_numpy(name: str, tensor) -> np.ndarray:
     if isinstance(tensor, Mapping):
         raise TypeError(f"state_dict[{name!r}] is a mapping and not a tensor; pass that entry if it is the state_dict")
+    if getattr(tensor, "is_meta", False):
+        raise TypeError(f"state_dict[{name!r}] has a shape and no numbers: it is on PyTorch's device meta")
     if hasattr(tensor, "detach"):
         tensor = tensor.detach().cpu()
         # float64 holds every other float type, bfloat16 too, which NumPy lacks.

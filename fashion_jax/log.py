@@ -50,6 +50,7 @@ class Progress:
         self._file = sys.stderr if file is None else file
         self._epochs = epochs
         self._done = self._skipped = self._last = 0
+        self._lost = False
         self._run: tuple[Any, ...] = ()
         self._start = time.monotonic()
         self._bar = tqdm(total=epochs, unit="epoch", file=file) if _in_notebook() or self._file.isatty() else None
@@ -72,17 +73,24 @@ class Progress:
         validation = end.history.validation
         loss, accuracy = _by_rate(end, validation.loss), _by_rate(end, validation.accuracy)
         rates = " | ".join(f"{rate:g}" for rate in end.dropout_rates)
-        if self._bar is not None:
-            self._bar.set_postfix(dropout=rates, loss=loss, accuracy=accuracy)
-            self._bar.update(1 + skipped)
-            return
         left = (time.monotonic() - self._start) / (self._done - self._skipped) * max(0, self._epochs - self._done)
-        print(
-            f"epoch {end.epoch}/{end.epochs}, dropout {rates}: training loss {_by_rate(end, end.history.train.loss)}, "
-            f"validation loss {loss}, accuracy {accuracy} ({left:.0f} s left)",
-            file=self._file,
-            flush=True,
-        )
+        try:
+            if self._bar is not None:
+                self._bar.set_postfix(dropout=rates, loss=loss, accuracy=accuracy)
+                self._bar.update(1 + skipped)
+                return
+            training = _by_rate(end, end.history.train.loss)
+            print(
+                f"epoch {end.epoch}/{end.epochs}, dropout {rates}: training loss {training}, validation loss {loss}, "
+                f"accuracy {accuracy} ({left:.0f} s left)",
+                file=self._file,
+                flush=True,
+            )
+        except (OSError, ValueError):
+            # Nobody reads it any more, which is no reason to end the run. Of a closed file Python says ValueError.
+            if not self._lost:
+                _logger.warning("progress can no longer be shown", exc_info=True)
+            self._lost = True
 
 
 class JsonLines:
@@ -225,8 +233,11 @@ class JsonLines:
         for number, line in enumerate(whole.split(b"\n") if newline else (), start=1):
             if not _is_whole(line):
                 raise ValueError(f"{self._path}, line {number}: not a line of such a log; name another file")
-        if half:
-            if not (half.startswith(_START) or _START.startswith(half)):
+        if half and _is_whole(half):
+            # Somebody's editor has taken the end of the line away.
+            self._file.write(b"\n")
+        elif half:
+            if _is_json(half) or not (half.startswith(_START) or _START.startswith(half)):
                 raise ValueError(f"{self._path}: not a log of JSON lines; name another file")
             self._file.truncate(len(content) - len(half))
 
@@ -283,7 +294,15 @@ def _is_whole(line: bytes) -> bool:
         entries = json.loads(line)
     except ValueError:
         return False
-    return line.startswith(_START) and isinstance(entries["epoch"], int)
+    return line.startswith(_START) and isinstance(entries["epoch"], int) and entries.keys() >= set(FIGURES)
+
+
+def _is_json(text: bytes) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _key(line: dict[str, Any]) -> str:

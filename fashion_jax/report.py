@@ -206,7 +206,8 @@ def read_curves(path: str | os.PathLike[str]) -> dict[float, History]:
     >>> read_curves(path)[0.2].running_loss.tolist()
     [[0.6, 0.5]]
     """
-    with Path(path).open(newline="", encoding="utf-8") as file:
+    # Spreadsheets put a mark in front.
+    with Path(path).open(newline="", encoding="utf-8-sig") as file:
         try:
             rows = list(csv.DictReader(file))
         except (csv.Error, UnicodeDecodeError) as error:

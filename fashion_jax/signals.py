@@ -14,7 +14,8 @@ _noted: ContextVar[list[int] | None] = ContextVar("noted", default=None)
 
 @contextlib.contextmanager
 def noting_signals(*, terminate: bool) -> Iterator[list[int]]:
-    """Let the first Ctrl-C only take note, in the list that this yields; a second one interrupts.
+    """Let the first Ctrl-C only take note, in the list that this yields; a second one interrupts, and so
+    does a Ctrl-C after a SIGTERM; a second SIGTERM does not.
 
     So what is under way is not lost. Inside another such block the list is that of the outer one: so a loop over runs
     knows that a run was interrupted, and a second Ctrl-C in a later run is a second one. A SIGTERM that was noted ends
@@ -39,7 +40,8 @@ def noting_signals(*, terminate: bool) -> Iterator[list[int]]:
 
     def note(number, frame):
         noted.append(number)
-        if len(noted) > 1:
+        # A SIGTERM to a group comes twice, from whoever sent it and from a parent such as make that passes it on.
+        if len(noted) > 1 and number == signal.SIGINT:
             raise KeyboardInterrupt
 
     defaults: dict[int, Any] = {signal.SIGINT: signal.default_int_handler}
@@ -62,6 +64,8 @@ def noting_signals(*, terminate: bool) -> Iterator[list[int]]:
         for number, default in ours.items():
             signal.signal(number, default)
         if noted[:1] == [signal.SIGTERM] and signal.SIGTERM in ours:
-            if error is not None:
+            if isinstance(error, KeyboardInterrupt):
+                logger.warning("interrupted after a SIGTERM, which ends the process now")
+            elif error is not None:
                 logger.error("an error ended the run after a SIGTERM, which ends the process now", exc_info=error)
             signal.raise_signal(signal.SIGTERM)

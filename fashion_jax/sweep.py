@@ -11,6 +11,7 @@ import functools
 import math
 import numbers
 import os
+import re
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -75,7 +76,7 @@ def join_machines(coordinator: str | None = None, processes: int | None = None, 
         process: Number of this one, from 0.
 
     Raises:
-        ValueError: Only some of the three are given.
+        ValueError: Only some of the three are given, or the coordinator has no port.
     """
     given = [value is not None for value in (coordinator, processes, process)]
     if any(given) and not all(given):
@@ -83,6 +84,8 @@ def join_machines(coordinator: str | None = None, processes: int | None = None, 
             "coordinator, processes and process belong together; "
             f"got coordinator={coordinator!r}, processes={processes!r}, process={process!r}"
         )
+    if coordinator is not None and not re.fullmatch(r".+:\d+", coordinator):
+        raise ValueError(f"coordinator must be host:port, got {coordinator!r}")
     jax.distributed.initialize(coordinator, processes, process, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
 
 

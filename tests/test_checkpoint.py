@@ -368,7 +368,7 @@ def test_a_program_that_fails_leaves_the_epochs_before(small, tmp_path, monkeypa
     assert content_digest(resumed) == content_digest(fit(small, small, **options))
 
 
-@pytest.mark.parametrize("error", ["ZeroDivisionError('mine')", "KeyboardInterrupt", "SystemExit(3)"])
+@pytest.mark.parametrize("error", ["ZeroDivisionError('mine')", "SystemExit(3)"])
 def test_a_sigterm_ends_the_process_whatever_ends_the_block(error):
     code = f"""
 import signal, sys
@@ -839,7 +839,9 @@ def test_a_lane_that_is_not_finite_stops_and_the_others_go_on(small):
     both = "; ".join(rf"dropout 0, seed {i}: the loss is not finite in the evaluation after epoch 1" for i in (0, 1))
     with pytest.raises(NonFiniteLossError, match=f"^{both}, after 0 good epochs; a lower"):
         sweep(small, small, dropout_rates=[0.0], **options)
-    with pytest.raises(ValueError, match=r"losses that are not finite, in runs \[\[1, 0\], \[1, 1\]\]; leave them out"):
+    with pytest.raises(
+        ValueError, match=r"numbers that are not finite, in runs \[\[1, 0\], \[1, 1\]\]; leave them out"
+    ):
         summarise(run.history)
 
 

@@ -10,7 +10,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from sources import replace
+from sources import idx_bytes, replace
 
 from fashion_jax import Batch, data
 
@@ -143,14 +143,49 @@ def test_an_unknown_source_is_refused():
         data.load(source="torch")
 
 
-def test_a_damaged_cache_is_removed(copy, idx_dir, splits, nothing, monkeypatch, caplog):
+def test_a_damaged_file_in_the_cache_is_removed_and_no_other(copy, idx_dir, splits, nothing, monkeypatch, caplog):
     monkeypatch.setattr(data, "DEBIAN_DIR", idx_dir)
     data.cache_dir().parent.mkdir(parents=True)
     copy.rename(data.cache_dir())
     replace(data.cache_dir() / IMAGES, (idx_dir / IMAGES).read_bytes()[:1000])
     assert_same(data.load(), splits)
     assert "damaged" in caplog.text
-    assert not any(data.cache_dir().iterdir())
+    assert {path.name.removesuffix(".gz") for path in data.cache_dir().iterdir()} == data.DIGESTS.keys() - {
+        IMAGES.removesuffix(".gz")
+    }
+
+
+def test_the_other_spelling_of_a_damaged_file_in_the_cache_is_read(copy, splits, nothing):
+    data.cache_dir().parent.mkdir(parents=True)
+    copy.rename(data.cache_dir())
+    plain = data.cache_dir() / "t10k-labels-idx1-ubyte"
+    packed = plain.with_name(plain.name + ".gz")
+    content = idx_bytes(splits.test.labels.astype(np.uint8))
+    for path in (plain, packed):
+        path.unlink(missing_ok=True)
+    packed.write_bytes(gzip.compress(content))
+    plain.write_bytes(content[:1000])
+    assert_same(data.load(source="idx"), splits)
+    assert not plain.exists()
+    assert len(list(data.cache_dir().iterdir())) == 4
+
+
+def test_labels_may_be_huge(small):
+    """A count for each number up to the largest would need terabytes."""
+    huge = Batch(small.images[:10], np.array([3, 2**40] * 5))
+    part, rest = data.hold_out(huge, 0.4, key=jax.random.key(0))
+    assert sorted(rest.labels.tolist()) == [3, 3, 2**40, 2**40]
+    assert len(part.labels) == 6
+
+
+def test_tensors_of_pytorch_are_named(small):
+    torch = pytest.importorskip("torch")
+    for part in ("images", "labels"):
+        batch = small._replace(**{part: torch.tensor(getattr(small, part))})
+        with pytest.raises(
+            TypeError, match=rf"train\.{part} must be an array .* got torch\.Tensor .* have \.numpy\(\)"
+        ):
+            data.check_batch(batch, "train")
 
 
 def test_no_data_and_no_network(nothing):

@@ -14,12 +14,15 @@ import threading
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from sources import idx_bytes, replace
 
-from fashion_jax import data
+from fashion_jax import Batch, TrainConfig, data, fit
+from fashion_jax.checkpoint import Store
 from fashion_jax.files import locked, prepare_directory, remove_partial, scratch_directory, write_atomically
+from fashion_jax.log import Progress
 
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "examples" / "compare_overfit.py"
@@ -430,3 +433,80 @@ def test_a_host_that_fails_is_an_error_within_the_time_out(nothing, monkeypatch,
     assert message in str(caught.value)
     assert url in str(caught.value)
     assert not names(nothing / "home" / "tensorflow_datasets")
+
+
+@pytest.mark.parametrize("kind", ["fifo", "device"])
+def test_what_is_no_regular_file_is_not_replaced(tmp_path, kind):
+    path = tmp_path / kind
+    if kind == "fifo":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(os.devnull)
+    with pytest.raises(OSError, match="this is no regular file"):
+        write_atomically(path, "new")
+    assert path.exists()
+    assert not path.is_file()
+
+
+def test_links_that_lead_to_themselves_are_named(tmp_path):
+    path = tmp_path / "loop"
+    path.symlink_to(path)
+    with pytest.raises(OSError, match=f"Too many levels of symbolic links.*{path}"):
+        write_atomically(path, "new")
+
+
+@pytest.mark.parametrize("name", ["run[1]", "lr=[0.1, 0.2]/deep", "back\\slash", os.fsdecode(b"caf\xe9")])
+def test_checkpoint_directories_that_orbax_would_misread_are_refused(tmp_path, name):
+    """It would write checkpoints there, and could not read them again."""
+    with pytest.raises(ValueError, match=r"checkpoints cannot be kept in .* because orbax misreads"):
+        Store(tmp_path / name, identity={})
+    assert not any(tmp_path.iterdir())
+
+
+def test_what_a_run_leaves_that_was_killed_in_its_first_moments_is_no_obstacle(tmp_path):
+    (tmp_path / ".probe-0123abcd.partial").touch()
+    with Store(tmp_path, identity={}) as store:
+        assert store.restore({"weights": np.ones(3)}) is None
+    assert names(tmp_path) == ["fashion_jax.lock"]
+
+
+QUICK = ("--epochs", "2", "--seeds", "1", "--rates", "0.5", "--train-size", "500")
+
+
+@pytest.mark.parametrize("redirection", ["2>&1 | true", "2>/dev/full", ">&-", "2>&-", ">&- 2>&-", "| head -c 1"])
+def test_results_are_written_though_nobody_reads_the_output(tmp_path, redirection):
+    command = f"{sys.executable} {EXAMPLE} {' '.join(QUICK)} --output {tmp_path} {redirection}"
+    result = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, cwd=ROOT)
+    assert (result.returncode, "Exception" in result.stderr) == (0, False), result.stderr
+    assert {"report.md", "history.json", "losses.png"} <= set(names(tmp_path))
+
+
+@pytest.mark.parametrize("buffered", [True, False])
+def test_output_that_a_full_disk_swallows_is_told_at_the_end(tmp_path, buffered):
+    command = f"{sys.executable} {EXAMPLE} {' '.join(QUICK)} --output {tmp_path} >/dev/full"
+    environment = os.environ | ({} if buffered else {"PYTHONUNBUFFERED": "1"})
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert result.returncode == 1
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("error: not all could be written to standard output: [Errno 28] No space left on device")
+    assert {"report.md", "history.json", "losses.png"} <= set(names(tmp_path))
+
+
+def test_letters_that_the_terminal_lacks_end_no_run(tmp_path):
+    command = [sys.executable, str(EXAMPLE), *QUICK, "--output", str(tmp_path)]
+    command[command.index("--seeds") + 1] = "2"
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert result.returncode == 0, result.stderr
+    assert "\\xb1" in result.stdout
+    assert "±" in (tmp_path / "report.md").read_text()
+
+
+def test_progress_that_can_no_longer_be_shown_ends_no_run(caplog):
+    batch = Batch(np.zeros((10, 28, 28), np.uint8), np.arange(10, dtype=np.int32))
+    # It cannot even be closed.
+    with contextlib.suppress(OSError), Path("/dev/full").open("w") as full:
+        progress = Progress(3, file=full)
+        run = fit(batch, batch, key=jax.random.key(0), config=TrainConfig(hidden=(8,)), epochs=3, on_epoch=progress)
+        assert run.history.running_loss.shape == (3,)
+    assert [record.message for record in caplog.records] == ["progress can no longer be shown"]

@@ -338,7 +338,18 @@ with JsonLines(sys.argv[1]) as log:
         assert epochs(path, seed=seed) == list(range(1, last + 1))
 
 
-@pytest.mark.parametrize("cut", [1, 5, 11, 12, 50, -1])
+def test_a_line_that_lacks_its_end_alone_stays(path):
+    """As some editors leave it."""
+    with JsonLines(path) as log:
+        log(end(1))
+        log(end(2))
+    whole = path.read_bytes()
+    path.write_bytes(whole.removesuffix(b"\n"))
+    with JsonLines(path):
+        assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("cut", [1, 5, 11, 12, 50, -2])
 def test_a_half_line_is_removed(path, cut):
     with JsonLines(path) as log:
         log(end(1))
@@ -351,13 +362,18 @@ def test_a_half_line_is_removed(path, cut):
     assert path.read_bytes() == first + second
 
 
+LINE = json.dumps({"epoch": 1, "dropout_rate": 0.2, **dict.fromkeys(FIGURES, 0.5)}).encode() + b"\n"
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         (b"# Notes\n", "line 1: not a line of such a log"),
         (b"my notes", "not a log of JSON lines"),
-        (b'{"epoch": 1, "dropout_rate": 0.2}\n\n', "line 2: not a line"),
-        (b'{"epoch": 1, "dropout_rate": 0.2}\n{"epoch": 2, "drop\n', "line 2: not a line"),
+        (LINE + b"\n", "line 2: not a line"),
+        (LINE + b'{"epoch": 2, "drop\n', "line 2: not a line"),
+        (b'{"epoch": 12, "best_accuracy": 0.9132}', "not a log of JSON lines"),
+        (b'{"epoch": 12, "best_accuracy": 0.9132}\n', "line 1: not a line"),
         (b'{"epoch": "one"}\n', "line 1: not a line"),
         (b"[1, 2]\n", "line 1: not a line"),
         (b"\x89PNG\r\n", "line 1: not a line"),

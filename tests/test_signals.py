@@ -59,3 +59,24 @@ def test_other_threads_and_other_handlers_are_left_alone():
         assert threads.submit(look).result() == []
     signal.signal(signal.SIGINT, lambda number, frame: None)
     look()
+
+
+def test_a_second_sigterm_does_not_interrupt_and_a_ctrl_c_after_it_does():
+    """A parent such as make passes a SIGTERM on that its group has received already."""
+    code = """
+import signal
+from fashion_jax.signals import noting_signals
+signal.signal(signal.SIGINT, signal.default_int_handler)
+with noting_signals(terminate=True):
+    for number in (signal.SIGTERM, signal.SIGTERM):
+        signal.raise_signal(number)
+    print("goes on", flush=True)
+    signal.raise_signal(signal.SIGINT)
+    print("went on", flush=True)
+"""
+    result = run_code(code)
+    assert (result.returncode, result.stdout, result.stderr) == (
+        -signal.SIGTERM,
+        "goes on\n",
+        "interrupted after a SIGTERM, which ends the process now\n",
+    )
