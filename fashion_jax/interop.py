@@ -388,7 +388,7 @@ def export_onnx(
         class_names: Name of each class, kept in the graph's metadata.
 
     Raises:
-        ImportError: The package onnx is not installed; `pip install 'fashion_jax[onnx]'` installs it.
+        ImportError: The package onnx is not installed; `pip install '.[onnx]'` in a clone installs it.
         OSError: The file cannot be written.
         ValueError: The parameters do not fit the config, hold a number that is not finite, or are not those of a
             `FashionMLP`.
