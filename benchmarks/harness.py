@@ -194,13 +194,21 @@ def table(rows: list[Row]) -> str:
 def bars(rows: list[Row], *, label: str, value: str, low: str, high: str, unit: str) -> Figure:
     """Draw one horizontal bar a row, with a line from its lowest to its highest value.
 
-    Where some are a hundred times as long as others, the scale is logarithmic.
+    Where some are a hundred times as long as others, the scale is logarithmic; it has no 0 for a bar to begin at, so a
+    point stands for each.
     """
     figure = Figure(figsize=(8, 0.6 + 0.32 * len(rows)), layout="constrained")
     axes = figure.subplots()
     values = [row[value] for row in rows]
     around = [[row[value] - row[low] for row in rows], [row[high] - row[value] for row in rows]]
-    axes.barh(range(len(rows)), values, xerr=around, color="#9db8d9", edgecolor="#123a6d", ecolor="black", capsize=3)
+    logarithmic = max(values) > 100 * min(values)
+    if logarithmic:
+        axes.errorbar(values, range(len(rows)), xerr=around, fmt="o", color="#123a6d", ecolor="black", capsize=3)
+        axes.set_xscale("log")
+    else:
+        axes.barh(
+            range(len(rows)), values, xerr=around, color="#9db8d9", edgecolor="#123a6d", ecolor="black", capsize=3
+        )
     axes.set_yticks(range(len(rows)), labels=[row[label] for row in rows], fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel(unit)
@@ -209,10 +217,7 @@ def bars(rows: list[Row], *, label: str, value: str, low: str, high: str, unit: 
         axes.annotate(
             f"{number:.3g}", (number + reach, i), xytext=(6, 0), textcoords="offset points", va="center", fontsize=8
         )
-    axes.margins(x=0.15)
-    if max(values) > 100 * min(values):
-        axes.set_xscale("log")
-        axes.margins(x=0.25)
+    axes.margins(x=0.25 if logarithmic else 0.15)
     return figure
 
 
