@@ -1,6 +1,7 @@
 """Do whole runs agree? 30 epochs, many seeds, both arms, on both sides: means and intervals of six figures."""
 
 import dataclasses
+import itertools
 import sys
 import time
 from pathlib import Path
@@ -37,6 +38,27 @@ def interval(values: np.ndarray) -> tuple[float, float]:
     return values.mean(), stats.sem(values) * stats.t.ppf(0.975, len(values) - 1)
 
 
+def draw(measured: np.ndarray) -> Figure:
+    """Draw each seed's figures, and their means with 95% intervals; measured [sides, arms, seeds, figures]."""
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    for i, (name, axes) in enumerate(zip(FIGURES, figure.subplots(1, len(FIGURES)), strict=True)):
+        axes.set_ylabel(f"{name} (nats)" if "loss" in name else name, fontsize=8)
+        axes.tick_params(labelsize=8)
+        axes.set_xticks([0, 1, 3, 4], labels=["JAX", "PyTorch", "JAX", "PyTorch"])
+        axes.set_xticks([0.5, 3.5], labels=["\nno dropout", "\ndropout 0.2"], minor=True, fontsize=8)
+        axes.tick_params(axis="x", which="minor", length=0, pad=9)
+        for arm, side in itertools.product(range(2), range(2)):
+            values, at = measured[side, arm, :, i], 3 * arm + side
+            mean, half = interval(values)
+            axes.plot([at] * len(values), values, "o", color="#7a93b5", markersize=4, label="one seed")
+            bar = {"fmt": "s", "color": "black", "capsize": 3, "markersize": 4}
+            axes.errorbar([at + 0.25], [mean], yerr=[half], label="mean, 95% interval", **bar)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    first = dict(zip(reversed(labels), reversed(handles), strict=True))
+    figure.legend(first.values(), first.keys(), loc="outside lower center", ncols=2, fontsize=8)
+    return figure
+
+
 def main(flags: Flags) -> None:
     if flags.seeds < 2:
         raise ValueError(f"--seeds must be at least 2, for an interval; got {flags.seeds}")
@@ -56,12 +78,7 @@ def main(flags: Flags) -> None:
             print(f"seed {seed}, dropout {rate:g}: {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
 
     rows: list[harness.Row] = []
-    figure = Figure(figsize=(9, 3), layout="constrained")
-    panels = figure.subplots(1, len(FIGURES))
-    for i, (name, axes) in enumerate(zip(FIGURES, panels, strict=True)):
-        axes.set_title(name, fontsize=9)
-        axes.set_xticks([0, 1, 3, 4], labels=["JAX", "PyTorch", "JAX", "PyTorch"], fontsize=7)
-        axes.set_xlabel("no dropout          dropout 0.2", fontsize=8)
+    for i, name in enumerate(FIGURES):
         for arm, title in enumerate(("no dropout", "dropout 0.2")):
             row: harness.Row = {"arm": title, "figure": name}
             for side, label in enumerate(("JAX", "PyTorch")):
@@ -70,9 +87,6 @@ def main(flags: Flags) -> None:
                     f"{label}": f"{mean:.4f} ± {half:.4f}",
                     f"{label} sd": f"{measured[side, arm, :, i].std(ddof=1):.4f}",
                 }
-                position = 3 * arm + side
-                axes.plot([position] * flags.seeds, measured[side, arm, :, i], "o", color="#7a93b5", markersize=4)
-                axes.errorbar([position + 0.25], [mean], yerr=[half], fmt="s", color="black", capsize=3, markersize=4)
             welch: Any = stats.ttest_ind(measured[0, arm, :, i], measured[1, arm, :, i], equal_var=False)
             low, high = welch.confidence_interval(0.95)
             row |= {"difference, 95% interval": f"{low:+.4f}..{high:+.4f}", "p (Welch)": f"{welch.pvalue:.2f}"}
@@ -82,7 +96,7 @@ def main(flags: Flags) -> None:
         rows,
         flags=flags,
         output=flags.output,
-        figure=figure,
+        figure=draw(measured),
         figures=FIGURES,
         measured=measured.tolist(),
     )
