@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn
 
 INTERRUPTED = 130
 # What a user can mend. Anything else is a mistake of ours, and keeps its traceback.
@@ -19,9 +19,9 @@ class _Lasting:
     A run of hours must not end, and its files must not be missing, because nobody reads its progress any more.
     """
 
-    def __init__(self, stream: TextIO | None):
+    def __init__(self, stream: Any):
         # Whoever started the process may have closed it.
-        self._stream: Any = stream or Path(os.devnull).open("w")  # noqa: SIM115
+        self._stream = stream or Path(os.devnull).open("w")  # noqa: SIM115
         self.error: OSError | None = None
         if hasattr(self._stream, "reconfigure"):
             self._stream.reconfigure(errors="backslashreplace")
