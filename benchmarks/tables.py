@@ -135,13 +135,19 @@ def race() -> str:
 def lanes() -> str:
     """Seconds per model and epoch, both evaluations included."""
 
+    rivals = ("PyTorch, in memory, fused Adam", "PyTorch, the same, a process on each core")
+
     def cells(machine: str) -> dict[str, tuple[str, ...]]:
         return {
-            row["program"]: (spread(row, 3), f"{1 / row['/ PyTorch, in memory, fused Adam']:.2f}")
+            row["program"]: (
+                spread(row, 3),
+                *(f"{1 / row[f'/ {rival}']:.2f}" if f"/ {rival}" in row else "-" for rival in rivals),
+            )
             for row in rows_of("lanes", machine)
         }
 
-    return side_by_side("program", ("s per model and epoch", "times PyTorch at its best"), cells)
+    columns = ("s per model and epoch", "times PyTorch, one after the other", "times PyTorch, one on each core")
+    return side_by_side("program", columns, cells)
 
 
 def where_time_goes() -> str:
