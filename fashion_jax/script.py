@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 INTERRUPTED = 130
 # What a user can mend. Anything else is a mistake of ours, and keeps its traceback.
-EXPECTED = (ValueError, TypeError, OSError, MemoryError, FloatingPointError, ImportError)
+EXPECTED = (ValueError, TypeError, OSError, MemoryError, FloatingPointError, ModuleNotFoundError)
 
 
 class _Lasting:
