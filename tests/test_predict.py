@@ -76,6 +76,7 @@ def test_every_number_of_images_gives_the_same_rows(params, splits, n):
 
 def test_a_gpu_takes_larger_chunks_and_gives_the_same_rows(params, splits, monkeypatch):
     images = splits.test.images[: LARGE_CHUNK + 5]
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
     expected, expected_mc = predict(params, images), predict_mc(params, images, **MC)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert [len(chunk) for chunk, _ in _chunks(images)] == [LARGE_CHUNK, LARGE_CHUNK]
