@@ -172,11 +172,12 @@ def locked(directory: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def _resolved(path: Path) -> Path:
-    try:
-        return path.resolve()
-    except RuntimeError as error:
-        # What Python had for links that lead to themselves before 3.13.
-        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP)) from error
+    # Of links that lead to themselves Python 3.13 gives one back, and earlier ones raise RuntimeError.
+    with contextlib.suppress(RuntimeError):
+        resolved = path.resolve()
+        if not resolved.is_symlink():
+            return resolved
+    raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
 
 
 @contextlib.contextmanager
