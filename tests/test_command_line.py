@@ -21,6 +21,7 @@ from test_log import end
 
 from benchmarks.__main__ import SETS, WITHOUT_DATA
 from fashion_jax.log import Progress
+from fashion_jax.script import run_script
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = [
@@ -237,3 +238,19 @@ def test_the_bar_has_no_colours(monkeypatch, no_colour):
     shown = read_all(ours)
     assert "3/3" in shown
     assert ESCAPE not in shown
+
+
+def test_an_error_without_a_text_is_told_by_its_type(capsys):
+    def main(flags):
+        raise MemoryError
+
+    with pytest.raises(SystemExit) as caught:
+        run_script(main, lambda: None)
+    assert caught.value.code == 1
+    assert capsys.readouterr().err == "error: MemoryError()\n"
+
+
+def test_sizes_that_are_none_are_not_the_presets(call, tmp_path):
+    result = call(ROOT / "examples" / "dropout_sweep.py", "--sizes", "--output", tmp_path)
+    assert result.returncode != 0
+    assert "sizes" in result.stderr

@@ -431,3 +431,17 @@ def test_networks_for_other_images_and_classes_go_everywhere(tmp_path):
     assert [port.shape for port in (*session.get_inputs(), *session.get_outputs())] == [["n", 8, 6], ["n", 3]]
     theirs = session.run(["probabilities"], {"images": images})[0]
     np.testing.assert_allclose(theirs, expected, rtol=0, atol=TOLERANCE)
+
+
+def test_state_dicts_without_names_or_numbers_are_refused(unchecked):
+    with pytest.raises(TypeError, match=r"state_dict must have names such as 'fc1\.weight', got 0"):
+        interop.from_torch({0: torch.zeros(2, 2)})
+    with pytest.raises(TypeError, match=r"state_dict\['fc1.weight'\] has a shape and no numbers: .* device meta"):
+        interop.from_torch({"fc1.weight": torch.zeros(2, 2, device="meta")})
+
+
+def test_a_network_that_cannot_be_read_is_told_from_none(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"none\.safetensors"):
+        interop.load_safetensors(tmp_path / "none.safetensors")
+    with pytest.raises(IsADirectoryError, match=str(tmp_path)):
+        interop.load_safetensors(tmp_path)

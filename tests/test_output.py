@@ -473,3 +473,11 @@ def test_the_sweep_example_chooses_on_a_hold_out_and_tests_once(tmp_path, call):
     refused = call(EXAMPLES / "dropout_sweep.py", "--rates", 0.5, "--output", tmp_path)
     assert refused.returncode == 1
     assert "error: --rates must have 0 among them" in refused.stderr
+
+
+def test_curves_from_a_spreadsheet_are_read(tmp_path):
+    """Which puts a byte order mark in front."""
+    path = tmp_path / "curves.csv"
+    columns = "run,dropout_rate,epoch,running_train_loss,test_loss,test_accuracy"
+    path.write_text(columns + "\na,0.2,1,0.6,0.5,0.8\n", encoding="utf-8-sig")
+    assert report.read_curves(path)[0.2].running_loss.tolist() == [[0.6]]

@@ -345,3 +345,9 @@ def test_bad_arguments_are_refused(small, validation, options, error, message, u
 def test_machines_are_described_whole():
     with pytest.raises(ValueError, match="belong together"):
         join_machines("localhost:1", processes=2)
+
+
+@pytest.mark.parametrize("coordinator", ["localhost", "localhost:", ":", "localhost:port"])
+def test_a_coordinator_has_a_port(coordinator):
+    with pytest.raises(ValueError, match=f"coordinator must be host:port, got '{coordinator}'"):
+        join_machines(coordinator, 1, 0)
