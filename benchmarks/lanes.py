@@ -46,25 +46,35 @@ class OnEachCore:
         # Forked, a process would share the threads that JAX and PyTorch believe to have.
         context = multiprocessing.get_context("spawn")
         self.connections: list[Connection] = []
-        for core in sorted(os.sched_getaffinity(0)):
-            ours, theirs = context.Pipe()
-            context.Process(target=_train_on, args=(core, theirs, data_dir), daemon=True).start()
-            theirs.close()
-            self.connections.append(ours)
-        self.losses: list[float | None] = [connection.recv() for connection in self.connections]
+        # A Ctrl-C in a terminal is this process's to tell of; what it ignores, those that it starts ignore from the
+        # beginning, and when it has ended, they have nothing more to receive.
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            for core in sorted(os.sched_getaffinity(0)):
+                ours, theirs = context.Pipe()
+                context.Process(target=_train_on, args=(core, theirs, data_dir), daemon=True).start()
+                theirs.close()
+                self.connections.append(ours)
+        finally:
+            signal.signal(signal.SIGINT, before)
+        self.losses: list[float | None] = self._answers()
 
     def epoch(self) -> float:
         """Train an epoch with both evaluations in each process; return the seconds a model."""
         start = time.perf_counter()
         for connection in self.connections:
             connection.send(None)
-        self.losses = [connection.recv() for connection in self.connections]
+        self.losses = self._answers()
         return (time.perf_counter() - start) / len(self.connections)
+
+    def _answers(self) -> list[float | None]:
+        try:
+            return [connection.recv() for connection in self.connections]
+        except EOFError:
+            raise ChildProcessError("a process of PyTorch on one core ended before its time; see above") from None
 
 
 def _train_on(core: int, connection: Connection, data_dir: Path | None) -> None:
-    # A Ctrl-C in a terminal is the first process's to tell of; when that has ended, there is nothing more to receive.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.sched_setaffinity(0, {core})
     torch.set_num_threads(1)
     train, test = load(data_dir)

@@ -52,9 +52,8 @@ class Flags:
 
 def main(flags: Flags) -> int:
     preset = PRESETS[flags.preset]
-    rates, sizes = (
-        preset[name] if given is None else given for name, given in {"rates": flags.rates, "sizes": flags.sizes}.items()
-    )
+    rates = preset["rates"] if flags.rates is None else flags.rates
+    sizes = preset["sizes"] if flags.sizes is None else flags.sizes
     seeds = range(preset["seeds"] if flags.seeds is None else flags.seeds)
     if not seeds:
         raise ValueError(f"--seeds must be at least 1, got {flags.seeds}")

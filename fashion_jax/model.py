@@ -97,7 +97,7 @@ class Dropout(nn.Module):
         if deterministic:
             return x
         select = _select_after_relu if self.after_relu else _select
-        # A traced rate may be of a wider type than a float that was given, and the result must not depend on that.
+        # A rate of float32, as lanes have it, would widen half precision, and Python's float would not.
         scaled = x / jnp.asarray(1 - self.rate, jnp.result_type(float))
         if jnp.issubdtype(x.dtype, jnp.floating):
             scaled = scaled.astype(x.dtype)

@@ -14,13 +14,13 @@ _noted: ContextVar[list[int] | None] = ContextVar("noted", default=None)
 
 @contextlib.contextmanager
 def noting_signals(*, terminate: bool) -> Iterator[list[int]]:
-    """Let the first Ctrl-C only take note, in the list that this yields; a second one interrupts, and so
-    does a Ctrl-C after a SIGTERM; a second SIGTERM does not.
+    """Let the first Ctrl-C only take note, in the list that this yields; a second one interrupts.
 
-    So what is under way is not lost. Inside another such block the list is that of the outer one: so a loop over runs
-    knows that a run was interrupted, and a second Ctrl-C in a later run is a second one. A SIGTERM that was noted ends
-    the process where the outermost block ends; if that is by an error, it is logged before. The main thread alone may
-    change handlers, and a handler that somebody else has set is left as it is.
+    So what is under way is not lost. A Ctrl-C after a SIGTERM interrupts too; a second SIGTERM does not. Inside another
+    such block the list is that of the outer one: so a loop over runs knows that a run was interrupted, and a second
+    Ctrl-C in a later run is a second one. A SIGTERM that was noted ends the process where the outermost block ends; if
+    that is by an error, it is logged before. The main thread alone may change handlers, and a handler that somebody
+    else has set is left as it is.
 
     Args:
         terminate: Take note of SIGTERM too.

@@ -155,6 +155,21 @@ def test_a_damaged_file_in_the_cache_is_removed_and_no_other(copy, idx_dir, spli
     }
 
 
+def test_a_file_in_the_cache_that_holds_something_else_is_removed(copy, idx_dir, splits, nothing, monkeypatch, caplog):
+    """It can be read, and one pixel is another."""
+    monkeypatch.setattr(data, "DEBIAN_DIR", idx_dir)
+    data.cache_dir().parent.mkdir(parents=True)
+    copy.rename(data.cache_dir())
+    images = splits.test.images.copy()
+    images[5, 3, 3] ^= 1
+    for path in data.cache_dir().glob("t10k-images*"):
+        path.unlink()
+    (data.cache_dir() / "t10k-images-idx3-ubyte").write_bytes(idx_bytes(images))
+    assert_same(data.load(), splits)
+    assert "expected the published t10k-images-idx3-ubyte" in caplog.text
+    assert len(list(data.cache_dir().iterdir())) == 3
+
+
 def test_the_other_spelling_of_a_damaged_file_in_the_cache_is_read(copy, splits, nothing):
     data.cache_dir().parent.mkdir(parents=True)
     copy.rename(data.cache_dir())

@@ -184,6 +184,13 @@ def test_bfloat16_is_for_the_products_alone(small):
     assert all("bf16" in line for line in products)
 
 
+def test_no_pixel_is_dropped_in_evaluation(small):
+    plain, config = TrainConfig(hidden=(8,)), TrainConfig(hidden=(8,), input_dropout=0.5)
+    params = init_state(KEY, config=plain).params
+    found, expected = (evaluate(params, small, config=of) for of in (config, plain))
+    np.testing.assert_array_equal(found, expected)
+
+
 def test_input_dropout_drops_pixels_and_leaves_the_other_masks_alone(small):
     batch = Batch(jnp.array(small.images[:64]), jnp.array(small.labels[:64]))
     plain, config = TrainConfig(hidden=()), TrainConfig(hidden=(), input_dropout=0.5)
