@@ -106,6 +106,9 @@ def main(flags: Flags) -> None:
     def second_epoch(train_two_epochs) -> float:
         clock.clear()
         train_two_epochs()
+        if len(clock) < 2:
+            # The run took note of a Ctrl-C, and gave what it had.
+            raise KeyboardInterrupt
         return clock[1] - clock[0]
 
     def alone() -> float:
