@@ -1,43 +1,45 @@
-"""Augmentation: training images as they are drawn anew at every step, on the device."""
+"""Augmentation: functions of a key and images, applied to each training batch on the device.
+
+They compose, as in `TrainConfig(augment=functools.partial(shift_and_flip, pixels=1))`.
+"""
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Key, UInt8
 
-from fashion_jax.config import TrainConfig
 
-
-def augment(
-    images: UInt8[Array, "n height width *channels"], key: Key[Array, ""], config: TrainConfig
+def shift(
+    key: Key[Array, ""], images: UInt8[Array, "n height width *channels"], *, pixels: int
 ) -> UInt8[Array, "n height width *channels"]:
-    """Move and mirror each image at random, as the config says; return them as they are if it says neither.
-
-    Args:
-        images: A batch.
-        key: This step's key.
-        config: `shift` and `flip`.
-
-    Returns:
-        Images of the same shape; what a moved image leaves free is black.
+    """Move each image by -pixels to pixels down and right, uniformly at random; uncovered pixels are 0.
 
     >>> images = jnp.zeros((5, 28, 28), jnp.uint8).at[:, 14, 14].set(255)
-    >>> moved = augment(images, jax.random.key(0), TrainConfig(shift=2))
-    >>> at = jnp.argwhere(moved == 255)[:, 1:]
+    >>> at = jnp.argwhere(shift(jax.random.key(0), images, pixels=2) == 255)[:, 1:]
     >>> at.shape, int(at.min()) >= 12, int(at.max()) <= 16
     ((5, 2), True, True)
     """
-    if not config.shift and not config.flip:
-        return images
-    n, height, width, *_ = images.shape
-    # The step's key itself draws the dropout masks.
-    shift_key, flip_key = jax.random.split(jax.random.fold_in(key, 1))
-    rows = jnp.broadcast_to(jnp.arange(height), (n, height))
-    columns = jnp.broadcast_to(jnp.arange(width), (n, width))
-    if config.flip:
-        columns = jnp.where(jax.random.bernoulli(flip_key, shape=(n, 1)), columns[:, ::-1], columns)
-    if config.shift:
-        shifts = jax.random.randint(shift_key, (2, n, 1), 0, 2 * config.shift + 1)
-        rows, columns = rows + shifts[0], columns + shifts[1]
-        margin = (config.shift, config.shift)
-        images = jnp.pad(images, [(0, 0), margin, margin] + [(0, 0)] * (images.ndim - 3))
-    return images[jnp.arange(n)[:, None, None], rows[:, :, None], columns[:, None, :]]
+    margin = (pixels, pixels)
+    padded = jnp.pad(images, [(0, 0), margin, margin] + [(0, 0)] * (images.ndim - 3))
+    corners = jax.random.randint(key, (len(images), 2), 0, 2 * pixels + 1)
+
+    def crop(image, corner):
+        start = (*corner, *[0] * (image.ndim - 2))
+        return jax.lax.dynamic_slice(image, start, images.shape[1:])
+
+    return jax.vmap(crop)(padded, corners)
+
+
+def flip(
+    key: Key[Array, ""], images: UInt8[Array, "n height width *channels"]
+) -> UInt8[Array, "n height width *channels"]:
+    """Mirror each image left to right with probability 1/2."""
+    flipped = jax.random.bernoulli(key, shape=(len(images), *[1] * (images.ndim - 1)))
+    return jnp.where(flipped, images[:, :, ::-1], images)
+
+
+def shift_and_flip(
+    key: Key[Array, ""], images: UInt8[Array, "n height width *channels"], *, pixels: int = 2
+) -> UInt8[Array, "n height width *channels"]:
+    """Move and mirror each image at random, as `shift` and `flip` do."""
+    shift_key, flip_key = jax.random.split(key)
+    return shift(shift_key, flip(flip_key, images), pixels=pixels)

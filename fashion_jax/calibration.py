@@ -1,7 +1,4 @@
-"""How good probabilities are, and whether they know what they do not know.
-
-Pure functions of probabilities and labels. The only module that imports scikit-learn, and does so where it is used.
-"""
+"""Scores of class probabilities; lane axes in front of the probabilities, as `predict` returns them, stay in front."""
 
 from typing import NamedTuple
 
@@ -9,185 +6,137 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 from scipy.special import entr
 
-from fashion_jax.config import check_count
-
-BINS = 15
-# What `predict` cannot tell from 0: a loss of 87.3 nats.
-LEAST = float(np.finfo(np.float32).tiny)
+Probabilities = Float[Array | np.ndarray, "*lanes n classes"]
+Labels = Int[Array | np.ndarray, " n"]
 
 
 class Scores(NamedTuple):
-    """What one network's probabilities are worth; stacked over seeds, each leaf gets an axis in front.
+    """Scores on n examples.
 
     Attributes:
-        accuracy: Share of examples whose most probable class is right.
-        loss: Mean negative log likelihood, in nats; of no example more than 87.3.
-        brier: Mean squared distance between the probabilities and the truth, summed over the classes, 0 to 2.
-        calibration_error: Expected calibration error: how far confidence and accuracy are apart, on average over bins.
-        precision: Of what was called this class, the share that is; 0 where nothing was.
-        recall: Of what is this class, the share that was called so.
+        accuracy: Fraction of examples classified correctly.
+        loss: Mean negative log likelihood, in nats, of each example at most 87.3.
+        brier: Brier score: mean squared distance between probabilities and one-hot labels, 0 to 2.
+        calibration_error: Expected calibration error (ECE): mean distance of confidence and accuracy over 15 bins.
+        precision: Fraction of correct predictions for each predicted class; 0 for a class never predicted.
+        recall: Fraction of correct predictions for each class; 0 for a class without examples.
         confusion: Number of examples, [label, predicted class].
     """
 
-    accuracy: Float[np.ndarray, "*seeds"]
-    loss: Float[np.ndarray, "*seeds"]
-    brier: Float[np.ndarray, "*seeds"]
-    calibration_error: Float[np.ndarray, "*seeds"]
-    precision: Float[np.ndarray, "*seeds classes"]
-    recall: Float[np.ndarray, "*seeds classes"]
-    confusion: Int[np.ndarray, "*seeds classes classes"]
+    accuracy: Float[np.ndarray, "*lanes"]
+    loss: Float[np.ndarray, "*lanes"]
+    brier: Float[np.ndarray, "*lanes"]
+    calibration_error: Float[np.ndarray, "*lanes"]
+    precision: Float[np.ndarray, "*lanes classes"]
+    recall: Float[np.ndarray, "*lanes classes"]
+    confusion: Int[np.ndarray, "*lanes classes classes"]
 
 
 class Reliability(NamedTuple):
-    """Confidence against accuracy, in bins of equal width; NaN in bins without an example.
+    """A reliability diagram: bins of equal width over the confidence; NaN in empty bins.
 
     Attributes:
-        confidence: Mean probability of the most probable class.
-        accuracy: Share of examples for which that class is right.
-        share: Share of all examples that is in the bin.
+        confidence: Mean probability of the predicted class.
+        accuracy: Fraction of examples classified correctly.
+        share: Fraction of all examples that lie in the bin.
     """
 
-    confidence: Float[np.ndarray, "*seeds bins"]
-    accuracy: Float[np.ndarray, "*seeds bins"]
-    share: Float[np.ndarray, "*seeds bins"]
+    confidence: Float[np.ndarray, "*lanes bins"]
+    accuracy: Float[np.ndarray, "*lanes bins"]
+    share: Float[np.ndarray, "*lanes bins"]
 
 
-def score(probabilities: Float[Array | np.ndarray, "n classes"], labels: Int[Array | np.ndarray, " n"]) -> Scores:
-    """Compare probabilities with the truth.
-
-    Args:
-        probabilities: One row an example.
-        labels: Index of the right class.
+def score(probabilities: Probabilities, labels: Labels) -> Scores:
+    """Compute all scores of probabilities.
 
     Raises:
-        ValueError: Shapes do not fit, there is no example, a row is not a distribution, or a label names no class.
+        ValueError: Probabilities and labels do not fit together, or a row is no distribution.
 
-    Source: Brier, "Verification of Forecasts Expressed in Terms of Probability", 1950, and for the calibration error
-    Guo et al., "On Calibration of Modern Neural Networks", ICML 2017; all but that error and the loss as
-    scikit-learn has them.
+    Source: Brier, "Verification of Forecasts Expressed in Terms of Probability", 1950; Guo et al., "On Calibration of
+    Modern Neural Networks", ICML 2017 (ECE).
 
     >>> scores = score(np.array([[0.8, 0.2], [0.6, 0.4]]), np.array([0, 1]))
     >>> float(scores.accuracy), float(scores.brier.round(3)), float(scores.calibration_error.round(3))
     (0.5, 0.4, 0.4)
     """
-    from sklearn import metrics
-
-    probabilities, labels = _check(probabilities, labels)
-    classes, predicted = np.arange(probabilities.shape[1]), probabilities.argmax(axis=1)
-    # scikit-learn has no annotations, and its defaults "warn" and "auto" are taken for the types.
-    precision, recall, *_ = metrics.precision_recall_fscore_support(
-        labels,
-        predicted,
-        labels=classes,
-        average=None,
-        zero_division=0,  # type: ignore[arg-type]
-    )
-    # scikit-learn would take no probability for less than 2e-16, and a network that is wrong and sure for a better one.
-    of_labels = np.take_along_axis(probabilities, labels[:, None], axis=1)
-    brier = metrics.brier_score_loss(labels, probabilities, labels=classes, scale_by_half=False)  # type: ignore[arg-type]
-    bins = reliability(probabilities, labels)
+    p, labels = _check(probabilities, labels)
+    classes = np.arange(p.shape[-1])
+    truth = (labels[:, None] == classes).astype(int)
+    confusion = truth.T @ (p.argmax(axis=-1)[..., None] == classes)
+    correct = confusion.diagonal(axis1=-2, axis2=-1)
+    bins = reliability(p, labels)
+    # Probabilities of float32 below its smallest normal number have lost their precision.
+    of_labels = np.maximum((p * truth).sum(axis=-1), np.finfo(np.float32).tiny)
     return Scores(
-        np.asarray(metrics.accuracy_score(labels, predicted)),
-        np.asarray(-np.log(np.maximum(of_labels, LEAST)).mean()),
-        np.asarray(brier),
-        np.asarray(np.nansum(bins.share * np.abs(bins.confidence - bins.accuracy))),
-        np.asarray(precision),
-        np.asarray(recall),
-        metrics.confusion_matrix(labels, predicted, labels=classes),
+        accuracy=correct.sum(axis=-1) / len(labels),
+        loss=-np.log(of_labels).mean(axis=-1),
+        brier=np.square(p - truth).sum(axis=-1).mean(axis=-1),
+        calibration_error=np.nansum(bins.share * np.abs(bins.confidence - bins.accuracy), axis=-1),
+        precision=correct / np.maximum(confusion.sum(axis=-2), 1),
+        recall=correct / np.maximum(confusion.sum(axis=-1), 1),
+        confusion=confusion,
     )
 
 
-def reliability(
-    probabilities: Float[Array | np.ndarray, "n classes"], labels: Int[Array | np.ndarray, " n"], *, bins: int = BINS
-) -> Reliability:
-    """Sort examples into bins by their confidence, and tell how many of each bin are right.
+def reliability(probabilities: Probabilities, labels: Labels, *, bins: int = 15) -> Reliability:
+    """Compute confidence and accuracy in bins of equal width; an edge belongs to the bin below.
 
-    Args:
-        probabilities: One row an example.
-        labels: Index of the right class.
-        bins: Number of bins of equal width between 0 and 1.
-
-    Raises:
-        TypeError: `bins` is not a whole number.
-        ValueError: Shapes do not fit, there is no example or no bin, a row is not a distribution, or a label names no
-            class.
-
-    Source: DeGroot and Fienberg, "The Comparison and Evaluation of Forecasters", 1983, as
-    `sklearn.calibration.calibration_curve` has it.
+    Source: DeGroot and Fienberg, "The Comparison and Evaluation of Forecasters", 1983.
 
     >>> curve = reliability(np.array([[0.9, 0.1], [0.7, 0.3], [0.3, 0.7]]), np.array([0, 0, 0]), bins=4)
     >>> curve.accuracy.tolist(), curve.confidence.round(3).tolist()
     ([nan, nan, 0.5, 1.0], [nan, nan, 0.7, 0.9])
     """
-    from sklearn.calibration import calibration_curve
-
-    bins = check_count("bins", bins, 1)
-    probabilities, labels = _check(probabilities, labels)
-    confidence = probabilities.max(axis=1)
-    right = probabilities.argmax(axis=1) == labels
-    # calibration_curve leaves out empty bins and does not tell which; these are its own bins.
-    inner = np.linspace(0, 1, bins + 1)[1:-1]
-    counts = np.bincount(np.searchsorted(inner, confidence), minlength=bins)
-    curve = Reliability(np.full(bins, np.nan), np.full(bins, np.nan), counts / len(labels))
-    curve.accuracy[counts > 0], curve.confidence[counts > 0] = calibration_curve(right, confidence, n_bins=bins)
-    return curve
+    p, labels = _check(probabilities, labels)
+    confidence, correct = p.max(axis=-1), p.argmax(axis=-1) == labels
+    edges = np.linspace(0, 1, bins + 1)[1:-1]
+    members = np.searchsorted(edges, confidence)[..., None] == np.arange(bins)
+    count = members.sum(axis=-2)
+    with np.errstate(invalid="ignore"):
+        means = [(values[..., None] * members).sum(axis=-2) / count for values in (confidence, correct)]
+    return Reliability(*means, share=count / len(labels))
 
 
-def entropy(probabilities: Float[Array | np.ndarray, "n classes"]) -> Float[np.ndarray, " n"]:
-    """Tell how unsure each prediction is, in nats: 0 for one certain class, ln 10 for ten equal ones.
-
-    Raises:
-        ValueError: The probabilities have other axes, or a row is not a distribution.
+def entropy(probabilities: Probabilities) -> Float[np.ndarray, "*lanes n"]:
+    """Compute the entropy of each prediction, in nats: 0 for one certain class, ln 10 for ten equal ones.
 
     >>> [f"{nats:.4f}" for nats in entropy(np.array([[1.0, 0.0], [0.5, 0.5]]))]
     ['0.0000', '0.6931']
     """
-    probabilities = np.asarray(probabilities, np.float64)
-    if probabilities.ndim != 2:
-        raise ValueError(f"probabilities must have shape [n, classes], got {list(probabilities.shape)}")
-    # Those of half precision are off by some hundredths.
-    return entr(_distributions(probabilities, within=0.1)).sum(axis=1)
+    return entr(_distributions(probabilities)).sum(axis=-1)
 
 
-def detection(known: Float[np.ndarray, " n"], foreign: Float[np.ndarray, " m"]) -> float:
-    """Tell how well a number such as the entropy tells foreign examples from known ones.
+def detection(
+    known: Float[np.ndarray, "*lanes n"], foreign: Float[np.ndarray, "*lanes m"]
+) -> Float[np.ndarray, "*lanes"]:
+    """Compute the AUROC of a quantity such as the entropy for detecting foreign examples among known ones.
 
-    Args:
-        known: The number for examples like those that were trained on.
-        foreign: The number for others.
+    It is the probability that a foreign example has the larger value: 0.5 for guessing, 1 for perfect detection.
 
-    Returns:
-        The area under the ROC curve: the chance that a foreign example has the larger number of the two, 0.5 for
-        guessing, 1 for a perfect detector.
-
-    >>> detection(np.array([0.1, 0.4]), np.array([0.3, 0.9]))
+    >>> float(detection(np.array([0.1, 0.4]), np.array([0.3, 0.9])))
     0.75
     """
-    from sklearn import metrics
+    from scipy.stats import mannwhitneyu
 
-    truth = np.repeat([0, 1], [len(known), len(foreign)])
-    return float(metrics.roc_auc_score(truth, np.concatenate([known, foreign])))
-
-
-def _check(probabilities, labels):
-    probabilities, labels = np.asarray(probabilities, np.float64), np.asarray(labels)
-    if probabilities.ndim != 2 or labels.shape != probabilities.shape[:1] or not len(labels):
-        raise ValueError(
-            "probabilities must have shape [n, classes] and labels [n] with n at least 1, "
-            f"got {list(probabilities.shape)} and {list(labels.shape)}"
-        )
-    probabilities = _distributions(probabilities)
-    classes = probabilities.shape[1]
-    if labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= classes:
-        raise ValueError(
-            f"labels must be ints from 0 to {classes - 1}, got {labels.dtype} from {labels.min()} to {labels.max()}"
-        )
-    return probabilities, labels
+    pairs = known.shape[-1] * foreign.shape[-1]
+    if not pairs:
+        raise ValueError("known and foreign must hold at least one example each")
+    return np.asarray(mannwhitneyu(foreign, known, axis=-1, method="asymptotic").statistic / pairs)
 
 
-def _distributions(probabilities, within=1e-3):
-    totals = probabilities.sum(axis=1, keepdims=True)
-    # Comparisons with NaN are false.
-    if not ((probabilities >= 0).all() and (np.abs(totals - 1) < within).all()):
-        raise ValueError("probabilities must be at least 0 and sum to 1 in each row")
-    return probabilities / totals
+def _check(probabilities: Probabilities, labels: Labels) -> tuple[np.ndarray, np.ndarray]:
+    p, labels = _distributions(probabilities), np.asarray(labels)
+    if labels.shape != p.shape[-2:-1] or not len(labels):
+        raise ValueError(f"probabilities must be [..., n, classes] and labels [n], got {p.shape} and {labels.shape}")
+    if len(others := np.setdiff1d(labels, range(p.shape[-1]))):
+        raise ValueError(f"labels must lie in 0..{p.shape[-1] - 1}, got {others[:5].tolist()}")
+    return p, labels
+
+
+def _distributions(probabilities: Probabilities) -> np.ndarray:
+    p = np.asarray(probabilities, np.float64)
+    totals = p.sum(axis=-1, keepdims=True)
+    # Half precision is off by some hundredths; comparisons with NaN are false.
+    if p.ndim < 2 or not ((p >= 0).all() and (np.abs(totals - 1) < 0.1).all()):
+        raise ValueError("probabilities must be [..., n, classes], at least 0, and sum to 1 over the classes")
+    return p / totals

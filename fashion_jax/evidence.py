@@ -1,4 +1,4 @@
-"""The statistics: from Histories to numbers, and from numbers to verdicts on the tutorial's claims.
+"""The statistics: from histories to numbers, and from numbers to verdicts on the tutorial's claims.
 
 Pure functions. Seeds are the repetitions: within a seed all arms share initial weights, batch order and dropout draws,
 so arms are compared by paired differences.
@@ -7,55 +7,46 @@ so arms are compared by paired differences.
 from typing import Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
-from scipy.special import stdtrit
+from jaxtyping import Array, Float, Int
 
-from fashion_jax.train import History
+from fashion_jax import _checks
+from fashion_jax.types import History
 
 LEVEL = 0.95
-# Halves of the seeds that choose epochs for each other are not quite independent: Student's intervals would cover the
-# truth in 91 to 96% of cases, and those that are wider by this factor do in 95 to 98% (simulated, see tests).
+# Halves of the seeds that choose epochs for each other are not quite independent: Student's intervals cover the truth
+# in 91 to 96% of cases, intervals wider by this factor in 95 to 98% (simulated in the tests).
 CHOSEN_WIDTH = 1.15
-# A rise or a gap below a twentieth of the losses at hand is called none.
-SMALL_LOSS = 0.02
-# Fewer seeds than this give intervals that mean little: with two, Student's t multiplies the standard error by 12.7.
+SMALL_LOSS = 0.02  # A rise or a gap below it, a twentieth of the losses at hand, counts as none.
+# With fewer seeds intervals say little: for two, Student's t multiplies the standard error by 12.7.
 FEW_SEEDS = 4
 
 Answer = Literal["supported", "refuted", "undecided"]
+Side = Literal["above", "below"]
+PerSeed = Float[Array | np.ndarray, " seeds"]
+Curves = Float[Array | np.ndarray, "*runs epochs"]
 
 
 class Summary(NamedTuple):
-    """What one run says, or many: every leaf has the History's axes without the last.
+    """A few numbers for each run; every leaf has the axes of the history but the last.
 
-    Attributes:
-        best_epoch: Epoch with the lowest validation loss, from 1.
-        best_loss: Validation loss there, in nats. It is the smallest of many noisy numbers, so it flatters; see
-            `late_rises` for a rise that does not.
-        final_loss: Validation loss after the last epoch.
-        late_rise: `final_loss` minus `best_loss`.
-        fair_gap: Validation loss minus training loss after the last epoch, both with dropout off.
-        best_accuracy: Validation accuracy at the best epoch.
-        final_accuracy: Validation accuracy after the last epoch.
+    "best" is the epoch with the run's lowest validation loss, counted from 1. The smallest of many noisy numbers is
+    biased downward; `late_rises` has a rise that is not. "final" is after the last epoch. `late_rise` is `final_loss`
+    minus `best_loss`, and `gap` is the final validation loss minus the final training loss (eval mode).
     """
 
     best_epoch: Int[np.ndarray, "*runs"]
     best_loss: Float[np.ndarray, "*runs"]
     final_loss: Float[np.ndarray, "*runs"]
     late_rise: Float[np.ndarray, "*runs"]
-    fair_gap: Float[np.ndarray, "*runs"]
+    gap: Float[np.ndarray, "*runs"]
     best_accuracy: Float[np.ndarray, "*runs"]
     final_accuracy: Float[np.ndarray, "*runs"]
 
 
 class Interval(NamedTuple):
-    """A mean over n seeds with its 95% confidence interval; the bounds are NaN for one seed.
+    """A mean over n seeds and its 95% confidence interval, with NaN as bounds for one seed.
 
-    Attributes:
-        mean: Mean over seeds.
-        low: Lower bound.
-        high: Upper bound.
-        effect_size: Mean in units of the standard deviation over seeds (Cohen's d for paired differences).
-        n: Number of seeds.
+    `effect_size` is the mean in units of the standard deviation over seeds (Cohen's d for paired differences).
     """
 
     mean: float
@@ -65,21 +56,12 @@ class Interval(NamedTuple):
     n: int
 
     def __str__(self) -> str:
-        if self.n == 1:
-            return f"{self.mean:+.4f} (one seed, no interval)"
-        return f"{self.mean:+.4f} [{self.low:+.4f}, {self.high:+.4f}]"
+        bounds = "(one seed, no interval)" if self.n == 1 else f"[{self.low:+.4f}, {self.high:+.4f}]"
+        return f"{self.mean:+.4f} {bounds}"
 
 
 class Verdict(NamedTuple):
-    """A claim, the numbers that bear on it, and what they allow to say.
-
-    Attributes:
-        claim: What is claimed.
-        answer: "supported", "refuted" or "undecided".
-        quantity: What was measured.
-        interval: The measured mean with its interval.
-        note: How weak the evidence is, if it is.
-    """
+    """A claim, the answer, and the quantity that was measured; `note` warns of few seeds."""
 
     claim: str
     answer: Answer
@@ -88,41 +70,7 @@ class Verdict(NamedTuple):
     note: str
 
 
-def check_history(history: History, name: str, *, axes: tuple[str, ...] | None = None) -> None:
-    """Refuse what is no History.
-
-    Args:
-        history: What to look at; all leaves have one shape, whose last axis holds at least one epoch.
-        name: What to call it in the error.
-        axes: Names of the axes that it must have, the last of them "epochs"; any number if left out.
-
-    Raises:
-        TypeError: It is not a History of numbers.
-        ValueError: Leaves have other axes, or hold nothing.
-
-    >>> from fashion_jax.train import Metrics
-    >>> curve = np.array([0.5, 0.4])
-    >>> check_history(History(curve, Metrics(curve, curve), Metrics(curve, curve)), "arm", axes=("runs", "epochs"))
-    Traceback (most recent call last):
-    ValueError: arm must have leaves [runs, epochs], got [2]
-    """
-    try:
-        leaves = [history.running_loss, *history.train, *history.validation]
-        kinds = {np.asarray(leaf).dtype.kind for leaf in leaves}
-    except (AttributeError, TypeError):
-        raise TypeError(f"{name} must be a History, got {type(history).__name__}") from None
-    if not kinds <= set("fiu"):
-        raise TypeError(f"{name} must hold numbers, got {', '.join(str(np.asarray(leaf).dtype) for leaf in leaves)}")
-    shapes = {np.shape(leaf) for leaf in leaves}
-    expected = "[..., epochs]" if axes is None else f"[{', '.join(axes)}]"
-    if len(shapes) > 1:
-        raise ValueError(f"{name} must have leaves {expected} of one shape, got {sorted(map(list, shapes))}")
-    (shape,) = shapes
-    if not shape or 0 in shape or (axes is not None and len(shape) != len(axes)):
-        raise ValueError(f"{name} must have leaves {expected}, got {list(shape)}")
-
-
-def summarise(history: History) -> Summary:
+def summarize(history: History) -> Summary:
     """Reduce each run to a few numbers.
 
     Args:
@@ -130,287 +78,183 @@ def summarise(history: History) -> Summary:
 
     Raises:
         TypeError: It is not a History.
-        ValueError: Its leaves have other axes, there is no epoch, or a loss or an accuracy is not finite, as of a lane
-            that was stopped.
+        ValueError: Leaves differ in shape, there is no epoch, or a number is not finite, as in a diverged run.
 
-    >>> from fashion_jax.train import Metrics
+    >>> from fashion_jax.types import Metrics
     >>> curve = np.array([0.5, 0.4, 0.45])
-    >>> summary = summarise(History(curve, Metrics(curve - 0.1, curve), Metrics(curve, 1 - curve)))
-    >>> int(summary.best_epoch), float(summary.late_rise.round(3)), float(summary.fair_gap.round(3))
+    >>> summary = summarize(History(curve, Metrics(curve - 0.1, curve), Metrics(curve, 1 - curve)))
+    >>> int(summary.best_epoch), float(summary.late_rise.round(3)), float(summary.gap.round(3))
     (2, 0.05, 0.1)
     """
-    check_history(history, "history")
-    loss = np.asarray(history.validation.loss, np.float64)
-    accuracy = np.asarray(history.validation.accuracy, np.float64)
-    training_loss = np.asarray(history.train.loss, np.float64)
-    finite = np.isfinite(np.stack([loss, accuracy, training_loss])).all(axis=(0, -1))
-    _check_finite(finite, "history", "runs")
-    best = loss.argmin(axis=-1)
-    best_loss, best_accuracy = _at(loss, best), _at(accuracy, best)
-    final_loss = np.asarray(loss[..., -1])
+    history = _checks.history("history", history)
+    loss, accuracy = history.validation
+    best = np.asarray(loss.argmin(axis=-1))
+    best_loss, final_loss = _at(loss, best), _final(loss)
     return Summary(
-        np.asarray(best + 1),
-        best_loss,
-        final_loss,
-        np.asarray(final_loss - best_loss),
-        np.asarray(final_loss - training_loss[..., -1]),
-        best_accuracy,
-        np.asarray(accuracy[..., -1]),
+        best_epoch=best + 1,
+        best_loss=best_loss,
+        final_loss=final_loss,
+        late_rise=final_loss - best_loss,
+        gap=final_loss - _final(history.train.loss),
+        best_accuracy=_at(accuracy, best),
+        final_accuracy=_final(accuracy),
     )
 
 
-def interval(values: Float[np.ndarray, " seeds"], *, width: float = 1.0) -> Interval:
-    """Give the mean over seeds and its 95% interval.
-
-    Args:
-        values: One number a seed.
-        width: How many times as wide as Student's the interval is to be.
+def interval(values: PerSeed, *, width: float = 1.0) -> Interval:
+    """Compute the mean over seeds and its 95% interval, `width` times as wide as Student's.
 
     Raises:
-        TypeError: The values are no numbers.
-        ValueError: There is no seed, a value is not finite, or `width` is not positive.
+        ValueError: There is no seed, or a value is not finite.
 
     Source: Student, "The Probable Error of a Mean", Biometrika 6 (1908).
 
     >>> print(interval(np.array([1.0, 2.0, 3.0])))
     +2.0000 [-0.4841, +4.4841]
     """
-    values = _by_seed(values, "values")
-    if not width > 0:
-        raise ValueError(f"width must be positive, got {width}")
-    mean, n = float(values.mean()), len(values)
+    # Imported here because it takes half as long as JAX; scipy.stats, whose t.ppf calls this, takes longer.
+    from scipy.special import stdtrit
+
+    values = _numbers("values", values, "seeds")
+    mean, n = values.mean(), len(values)
     if n == 1:
-        return Interval(mean, np.nan, np.nan, np.nan, 1)
-    sd = float(values.std(ddof=1))
-    if sd <= 1e-12 * abs(mean):
-        return Interval(mean, mean, mean, np.copysign(np.inf, mean) if mean else 0.0, n)
-    # What scipy.stats.t.ppf calls; all of scipy.stats would take half a second to import.
-    half = width * sd / np.sqrt(n) * stdtrit(n - 1, (1 + LEVEL) / 2)
-    return Interval(mean, float(mean - half), float(mean + half), mean / sd, n)
+        return Interval(float(mean), np.nan, np.nan, np.nan, 1)
+    std = values.std(ddof=1)
+    half = width * std / np.sqrt(n) * stdtrit(n - 1, (1 + LEVEL) / 2)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return Interval(float(mean), float(mean - half), float(mean + half), float(mean / std), n)
 
 
-def paired(first: Float[np.ndarray, " seeds"], second: Float[np.ndarray, " seeds"], *, width: float = 1.0) -> Interval:
-    """Compare two arms that share their seeds: the interval of `first - second`.
-
-    Args:
-        first: One number a seed.
-        second: The same seeds in the other arm.
-        width: How many times as wide as Student's the interval is to be.
+def paired(first: PerSeed, second: PerSeed, *, width: float = 1.0) -> Interval:
+    """Compute the `interval` of `first - second`, two arms that share their seeds.
 
     Raises:
-        TypeError: The values are no numbers.
         ValueError: The arms differ in their number of seeds, there is no seed, or a value is not finite.
 
     >>> paired(np.array([0.38, 0.37]), np.array([0.42, 0.43])).mean.__round__(3)
     -0.05
     """
-    first, second = _by_seed(first, "first"), _by_seed(second, "second")
-    if first.shape != second.shape:
-        raise ValueError(f"paired arms must have the same seeds, got {list(first.shape)} and {list(second.shape)}")
+    first, second = _numbers("first", first, "seeds"), _numbers("second", second, "seeds")
+    if len(first) != len(second):
+        raise ValueError(f"first and second must have the same seeds, got {len(first)} and {len(second)}")
     return interval(first - second, width=width)
 
 
-def best_epochs(loss: Float[np.ndarray, "seeds epochs"]) -> Int[np.ndarray, " seeds"]:
-    """Choose for each seed the epoch at which the mean loss of the other half of the seeds is lowest, from 0.
+def best_epochs(loss: Curves) -> Int[np.ndarray, " seeds"]:
+    """Choose for each seed the epoch, from 0, at which the mean loss of the other half of the seeds is lowest.
 
-    A run's own lowest loss is lowest partly by luck. An epoch that other runs chose carries none of that run's luck.
-    If all the others chose, most seeds would get one epoch, and all the luck that made it the lowest: the differences
-    at such epochs vary together, and Student's t takes them for independent.
-
-    Args:
-        loss: One curve a seed; first, third, ... seed are one half. A single seed can choose for itself alone.
+    A run's own lowest loss is lowest partly by luck; an epoch that other runs chose carries none of it. If all the
+    others chose, most seeds would share one epoch, and the luck that made it the lowest: Student's t would take
+    dependent differences for independent ones. One half is every other seed; a single seed chooses for itself.
 
     Raises:
-        TypeError: The losses are no numbers.
-        ValueError: There are other axes, there is no seed or no epoch, or a loss is not finite.
+        ValueError: There is no seed or no epoch, or a loss is not finite.
 
     Source: cross-fitting with two folds, as in Chernozhukov et al., "Double/debiased machine learning", 2018.
 
     >>> best_epochs(np.array([[3.0, 1.0, 2.0], [3.0, 2.0, 1.0]])).tolist()
     [2, 1]
     """
-    loss = _curves(loss)
+    loss = _numbers("loss", loss, "seeds", "epochs")
     if len(loss) == 1:
         return loss.argmin(axis=1)
     chosen = [loss[half::2].mean(axis=0).argmin() for half in (0, 1)]
     return np.array([chosen[1 - seed % 2] for seed in range(len(loss))])
 
 
-def late_rises(loss: Float[np.ndarray, "seeds epochs"]) -> Float[np.ndarray, " seeds"]:
-    """Tell how much higher each run's last loss is than its loss at the epoch that `best_epochs` gives.
+def late_rises(loss: Curves) -> Float[np.ndarray, " seeds"]:
+    """Compute each run's last loss minus its loss at the epoch from `best_epochs`.
 
-    Unlike the end minus the minimum this can be negative, and is 0 on average for a flat noisy curve.
-
-    Args:
-        loss: One curve a seed.
-
-    Raises:
-        TypeError: The losses are no numbers.
-        ValueError: There are other axes, there is no seed or no epoch, or a loss is not finite.
+    Unlike the last loss minus the lowest this can be negative, and is 0 on average for a flat noisy curve.
 
     >>> late_rises(np.array([[3.0, 1.0, 2.0], [3.0, 2.0, 1.5]])).tolist()
     [0.0, -0.5]
     """
-    loss = _curves(loss)
-    return loss[:, -1] - _at(loss, best_epochs(loss))
+    loss = _numbers("loss", loss, "seeds", "epochs")
+    return _final(loss) - _at(loss, best_epochs(loss))
 
 
-def judge(plain: History, dropout: History) -> list[Verdict]:
+def judge(plain: History, dropped: History) -> list[Verdict]:
     """Check the tutorial's claims against runs without and with dropout.
 
-    A claim is supported or refuted when the whole 95% interval lies on one side, and undecided otherwise. One seed
-    decides nothing.
+    A claim is undecided unless the whole 95% interval lies on one side of its threshold. One seed decides nothing.
 
     Args:
         plain: Runs without dropout; leaves [seeds, epochs].
-        dropout: Runs with dropout, of the same seeds.
-
-    Returns:
-        One verdict a claim.
+        dropped: Runs with dropout, of the same seeds.
 
     Raises:
         TypeError: An arm is not a History.
-        ValueError: Leaves have other axes, the arms do not share their seeds, or a number is not finite.
+        ValueError: Leaves have other axes, the arms differ in shape, or a number is not finite.
 
-    >>> from fashion_jax.train import Metrics
+    >>> from fashion_jax.types import Metrics
     >>> up, flat = np.array([[0.4, 0.5], [0.4, 0.51]]), np.array([[0.4, 0.4], [0.41, 0.4]])
     >>> arms = [History(loss, Metrics(loss, 1 - loss), Metrics(loss, 1 - loss)) for loss in (up, flat)]
     >>> judge(*arms)[0].answer
     'supported'
     """
-    check_history(plain, "plain")
-    check_history(dropout, "dropout")
-    losses = [np.asarray(history.validation.loss, np.float64) for history in (plain, dropout)]
-    if losses[0].ndim != 2 or losses[0].shape != losses[1].shape:
-        raise ValueError(
-            f"both arms must have leaves [seeds, epochs] of the same seeds, got {[list(loss.shape) for loss in losses]}"
-        )
-    without, with_dropout = summarise(plain), summarise(dropout)
+    plain = _checks.history("plain", plain, "seeds", "epochs")
+    dropped = _checks.history("dropped", dropped, "seeds", "epochs")
+    losses = plain.validation.loss, dropped.validation.loss
+    if losses[0].shape != losses[1].shape:
+        raise ValueError(f"plain and dropped must have the same seeds, got {[list(loss.shape) for loss in losses]}")
+    without, with_ = summarize(plain), summarize(dropped)
     rises = [interval(late_rises(loss), width=CHOSEN_WIDTH) for loss in losses]
-    gap = interval(with_dropout.fair_gap)
-    chosen = [_at(loss, best_epochs(loss)) for loss in losses]
+    at_best = [_at(loss, best_epochs(loss)) for loss in losses]
+    stopped = paired(at_best[1], at_best[0], width=CHOSEN_WIDTH)
+    narrowed = paired(without.gap, with_.gap)
+    loss = paired(with_.final_loss, without.final_loss)
+    accuracy = paired(with_.final_accuracy, without.final_accuracy)
+    rise, minus = "rise of the validation loss from the best epoch to the last", "with minus without"
+    best_loss = f"validation loss at the best epoch, {minus}"
+    turns, stays, *others = (
+        _verdict("without dropout the validation loss turns early and rises", rise, rises[0], "above", SMALL_LOSS),
+        _verdict("with dropout it does not", rise, rises[1], "below", SMALL_LOSS),
+        _verdict("dropout narrows the gap", "gap (eval mode), without minus with", narrowed, "above"),
+        _verdict("dropout closes the gap", "gap (eval mode) with dropout", interval(with_.gap), "below", SMALL_LOSS),
+        _verdict("dropout lowers the final validation loss", f"final validation loss, {minus}", loss, "below"),
+        _verdict("dropout lowers the validation loss more than stopping early does", best_loss, stopped, "below"),
+        _verdict("dropout raises accuracy", f"final accuracy, {minus}", accuracy, "above"),
+    )
     epochs = losses[0].shape[1]
-    early = losses[0].mean(axis=0).argmin() + 1 <= epochs / 2
-
-    rise = "rise from the best epoch to the last"
-    # From a single epoch nothing can rise, and nothing can fail to.
-    rose: list[Answer] = ["undecided" if epochs == 1 else _above(measured, SMALL_LOSS) for measured in rises]
-    return [
-        _verdict(
-            "without dropout the validation loss turns early and rises",
-            rose[0] if early or rose[0] != "supported" else "undecided",
-            f"{rise}, above {SMALL_LOSS}",
-            rises[0],
-        ),
-        _verdict("with dropout it does not", _opposite(rose[1]), f"{rise}, below {SMALL_LOSS}", rises[1]),
-        _verdict(
-            "dropout narrows the gap",
-            _above(narrowed := paired(without.fair_gap, with_dropout.fair_gap), 0.0),
-            "fair gap, without minus with",
-            narrowed,
-        ),
-        _verdict(
-            "dropout closes the gap",
-            _opposite(_above(gap, SMALL_LOSS)),
-            f"fair gap with dropout, below {SMALL_LOSS}",
-            gap,
-        ),
-        _verdict(
-            "dropout lowers the final validation loss",
-            _opposite(_above(loss := paired(with_dropout.final_loss, without.final_loss), 0.0)),
-            "final loss, with minus without",
-            loss,
-        ),
-        _verdict(
-            "dropout lowers the validation loss more than stopping early does",
-            _opposite(_above(stopped := paired(chosen[1], chosen[0], width=CHOSEN_WIDTH), 0.0)),
-            "loss at the best epoch, with minus without",
-            stopped,
-        ),
-        _verdict(
-            "dropout raises accuracy",
-            _above(accuracy := paired(with_dropout.final_accuracy, without.final_accuracy), 0.0),
-            "final accuracy, with minus without",
-            accuracy,
-        ),
-    ]
+    late = losses[0].mean(axis=0).argmin() + 1 > epochs / 2
+    if epochs == 1 or (late and turns.answer == "supported"):
+        turns = turns._replace(answer="undecided")
+    if epochs == 1:
+        stays = stays._replace(answer="undecided")
+    return [turns, stays, *others]
 
 
-def compare(
-    claim: str, first: Float[np.ndarray, " seeds"], second: Float[np.ndarray, " seeds"], *, quantity: str
-) -> Verdict:
-    """Check the claim that one arm has the higher numbers of two.
-
-    It is supported when the whole 95% interval of the paired differences is above 0, refuted when it is below, and
-    undecided otherwise. One seed decides nothing.
-
-    Args:
-        claim: What is claimed.
-        first: One number a seed, in the arm that is said to have the higher ones.
-        second: The same seeds in the other arm.
-        quantity: What the numbers are.
-
-    Raises:
-        TypeError: The values are no numbers.
-        ValueError: The arms differ in their number of seeds, there is no seed, or a value is not finite.
+def compare(claim: str, first: PerSeed, second: PerSeed, *, quantity: str) -> Verdict:
+    """Check the claim that the first of two arms has the higher numbers, from the interval of `paired`.
 
     >>> compare("it helps", np.array([0.9, 0.91]), np.array([0.8, 0.812]), quantity="accuracy").answer
     'supported'
     """
-    difference = paired(first, second)
-    return _verdict(claim, _above(difference, 0.0), quantity, difference)
+    return _verdict(claim, quantity, paired(first, second), "above")
 
 
-def _numbers(values, name: str) -> np.ndarray:
-    try:
-        return np.asarray(values, np.float64)
-    except (TypeError, ValueError):
-        raise TypeError(f"{name} must hold numbers, got {values!r}") from None
+def _verdict(claim: str, quantity: str, measured: Interval, side: Side, threshold: float = 0.0) -> Verdict:
+    above, below = measured.low > threshold, measured.high < threshold
+    claimed = above if side == "above" else below
+    answer = "supported" if claimed else "refuted" if above or below else "undecided"
+    weak = "one seed decides nothing" if measured.n == 1 else f"weak: {measured.n} seeds"
+    note = weak if measured.n < FEW_SEEDS else ""
+    return Verdict(claim, answer, f"{quantity}, {side} {threshold}" if threshold else quantity, measured, note)
 
 
-def _by_seed(values, name: str) -> np.ndarray:
-    values = _numbers(values, name)
-    if values.ndim != 1 or not len(values):
-        raise ValueError(f"{name} must have shape [seeds] with at least one seed, got {list(values.shape)}")
-    _check_finite(np.isfinite(values), name, "seeds")
+def _numbers(name: str, values: Float[Array | np.ndarray, "..."], *axes: str) -> Float[np.ndarray, "..."]:
+    values = np.asarray(values, np.float64)
+    if values.ndim != len(axes) or not values.size:
+        raise ValueError(f"{name} must have shape [{', '.join(axes)}] and not be empty, got {list(values.shape)}")
+    # NumPy takes NaN for the lowest, so one diverged run would choose the epoch of half of the others.
+    _checks.finite(name, values.reshape(len(values), -1))
     return values
 
 
-def _curves(loss) -> np.ndarray:
-    loss = _numbers(loss, "loss")
-    if loss.ndim != 2 or not loss.size:
-        raise ValueError(f"loss must have shape [seeds, epochs] with at least one of each, got {list(loss.shape)}")
-    # NumPy takes NaN for the lowest, so one stopped run would choose the epoch of half of the others.
-    _check_finite(np.isfinite(loss).all(axis=1), "loss", "seeds")
-    return loss
+def _at(curves: Curves, epochs: Int[np.ndarray, "*runs"]) -> Float[np.ndarray, "*runs"]:
+    return np.asarray(np.take_along_axis(np.asarray(curves), epochs[..., None], axis=-1)[..., 0])
 
 
-def _check_finite(finite, name: str, axis: str) -> None:
-    """Refuse what is not finite; `finite` tells for each run, or each seed, whether all of it is."""
-    if not np.all(finite):
-        lost = np.argwhere(~finite).tolist()
-        raise ValueError(f"{name} holds numbers that are not finite, in {axis} {lost}; leave them out, from every arm")
-
-
-def _at(curves, epochs):
-    return np.asarray(np.take_along_axis(curves, np.asarray(epochs)[..., None], axis=-1)[..., 0])
-
-
-def _above(measured: Interval, threshold: float) -> Answer:
-    if measured.low > threshold:
-        return "supported"
-    return "refuted" if measured.high < threshold else "undecided"
-
-
-def _opposite(answer: Answer) -> Answer:
-    opposites: dict[Answer, Answer] = {"supported": "refuted", "refuted": "supported", "undecided": "undecided"}
-    return opposites[answer]
-
-
-def _verdict(claim: str, answer: Answer, quantity: str, measured: Interval) -> Verdict:
-    note = ""
-    if measured.n == 1:
-        note = "one seed decides nothing"
-    elif measured.n < FEW_SEEDS:
-        note = f"weak: {measured.n} seeds"
-    return Verdict(claim, answer, quantity, measured, note)
+def _final(curves: Curves) -> Float[np.ndarray, "*runs"]:
+    return np.asarray(curves[..., -1])

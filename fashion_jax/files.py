@@ -1,222 +1,142 @@
-"""How files are written: under a temporary name in the same directory, synced, then renamed.
-
-A reader sees the old file or the new one, never a part of one, whenever the writer is stopped. A writer holds a lock on
-what it writes, and the kernel opens the lock when the writer dies, in whatever way. So what a killed writer has left
-can be told from what a living one is at, and the next writer in the same directory removes it.
-"""
+"""Files that are whole or absent: written under a temporary name, synced, then renamed; tensors carry a digest."""
 
 import contextlib
-import errno
-import fcntl
+import hashlib
+import json
 import os
-import re
 import secrets
-import shutil
-import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-# What the temporary names are like.
-PARTIAL: re.Pattern[str] = re.compile(r"\..+-[0-9a-f]{8}\.partial")
+import ml_dtypes
+import numpy as np
+
+from fashion_jax import _checks
 
 
-def write_atomically(path: str | os.PathLike[str], content: bytes | str) -> None:
-    """Write a file as a whole or not at all; missing parent directories are made.
+class DamagedError(ValueError):
+    """A file whose content does not match its digest, or cannot be parsed."""
 
-    What killed writers have left in the directory is removed first.
+
+def write(path: str | os.PathLike[str], content: bytes | str) -> None:
+    """Write a file whole or not at all; missing parent directories are made.
 
     Args:
-        path: Where to; an existing file is replaced, and its mode kept. Of a link, what it leads to is replaced.
+        path: Where to; an existing file is replaced.
         content: Bytes, or text that is encoded as UTF-8.
 
     Raises:
-        TypeError: `content` is neither bytes nor text.
-        OSError: The directory cannot be written, the disk is full, or what is there is no regular file, as a device is
-            not; an existing file is left as it was.
+        OSError: The file cannot be written; an existing one is left as it was.
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp()) / "deep" / "note.txt"
-    >>> write_atomically(path, "done")
+    >>> write(path, "done")
     >>> path.read_text()
     'done'
     """
-    if not isinstance(content, (bytes, str)):
-        raise TypeError(f"content must be bytes or str, got {type(content).__name__}")
-    path = Path(path)
+    target = _checks.path("path", path)
     try:
-        target = _resolved(path)
-        if target.exists() and not target.is_file():
-            number, found = (errno.EISDIR, "a directory") if target.is_dir() else (errno.EINVAL, "no regular file")
-            raise OSError(number, f"this is {found}")
         target.parent.mkdir(parents=True, exist_ok=True)
-        remove_partial(target.parent)
-        with _partial(target, directory=False) as (descriptor, temporary):
-            # There may be no earlier file, or no modes on its file system. Before there is anything to read; and what
-            # follows is written by the descriptor, because the mode may forbid to open the file.
-            with contextlib.suppress(OSError):
-                os.fchmod(descriptor, stat.S_IMODE(target.stat().st_mode))
-            with os.fdopen(descriptor, "wb", closefd=False) as file:
+        with temporary(target) as partial:
+            with partial.open("wb") as file:
                 file.write(content.encode() if isinstance(content, str) else content)
-            os.fsync(descriptor)
-            temporary.replace(target)
+                file.flush()
+                os.fsync(file.fileno())
+            # A link keeps leading to the file.
+            partial.replace(target.resolve() if target.is_symlink() else target)
     except OSError as error:
-        what = f"{error.strerror}; this file was not written, and an earlier one is as it was"
-        raise OSError(error.errno, what, str(path)) from error
+        raise OSError(error.errno, f"{error.strerror}; not written, an existing file is intact", str(target)) from error
 
 
 @contextlib.contextmanager
-def scratch_directory(parent: str | os.PathLike[str]) -> Iterator[Path]:
-    """Make a temporary directory inside another, on the same file system, and remove it at the end of the block.
-
-    If the process is killed, the next writer in `parent` removes it.
-
-    Args:
-        parent: An existing directory.
-
-    Yields:
-        The empty directory.
+def temporary(target: Path) -> Iterator[Path]:
+    """Yield a name beside the target, and remove what is left there at the end.
 
     >>> import tempfile
-    >>> parent = Path(tempfile.mkdtemp())
-    >>> with scratch_directory(parent) as scratch:
-    ...     write_atomically(scratch / "note.txt", "done")
-    ...     _ = (scratch / "note.txt").rename(parent / "note.txt")
-    >>> [entry.name for entry in parent.iterdir()]
-    ['note.txt']
+    >>> target = Path(tempfile.mkdtemp()) / "note.txt"
+    >>> with temporary(target) as partial:
+    ...     _ = partial.write_text("half")
+    >>> list(target.parent.iterdir())
+    []
     """
-    remove_partial(parent)
-    with _partial(Path(parent) / "scratch", directory=True) as (_, temporary):
-        yield temporary
+    partial = target.with_name(f".{target.name[:100]}-{secrets.token_hex(4)}.partial")
+    try:
+        yield partial
+    finally:
+        partial.unlink(missing_ok=True)
 
 
-def prepare_directory(path: str | os.PathLike[str]) -> Path:
-    """Make a directory ready to be written into, so that a long run learns at its start that it is not.
-
-    The directory is made if it is missing, a file is written and removed again, and what killed writers have left is
-    removed.
+def save_tensors(path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+    """Write arrays as one safetensors file, with a SHA-256 over names, types, shapes, bytes and metadata.
 
     Args:
-        path: The directory.
-
-    Returns:
-        The same, as a Path.
+        path: Where to; an existing file is replaced as a whole.
+        tensors: Name and array of each entry.
+        metadata: Text that goes with them.
 
     Raises:
-        OSError: No file can be written there.
+        OSError: The file cannot be written; an existing one is left as it was.
 
     >>> import tempfile
-    >>> prepare_directory(Path(tempfile.mkdtemp()) / "runs" / "first").is_dir()
-    True
+    >>> path = Path(tempfile.mkdtemp()) / "ones.safetensors"
+    >>> save_tensors(path, {"ones": np.ones(3)}, {"note": "three"})
+    >>> tensors, metadata = load_tensors(path)
+    >>> tensors["ones"].tolist(), metadata["note"]
+    ([1.0, 1.0, 1.0], 'three')
     """
-    path = Path(path)
+    import safetensors.numpy
+
+    # The format keeps no strides, and safetensors would write a view's memory as it lies.
+    tensors = {name: np.ascontiguousarray(array).reshape(np.shape(array)) for name, array in tensors.items()}
+    described = {**metadata, "sha256": digest(tensors, metadata)}
+    write(path, safetensors.numpy.save(tensors, described))
+
+
+def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Read a file of `save_tensors` and verify its digest.
+
+    Returns:
+        Name and array of each entry, and the metadata.
+
+    Raises:
+        OSError: The file cannot be read.
+        DamagedError: It is damaged, or no safetensors file.
+        ValueError: It has no digest: another program wrote it.
+    """
+    import safetensors
+
+    content = _checks.path("path", path).read_bytes()
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        remove_partial(path)
-        with _partial(path / "probe", directory=False):
-            pass
-    except OSError as error:
-        raise OSError(
-            error.errno, f"{error.strerror}; no files can be written into this directory", str(path)
-        ) from error
-    return path
+        entries = safetensors.deserialize(content)
+        tensors = {name: _as_array(**entry) for name, entry in entries}
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        metadata = dict(header.get("__metadata__") or {})
+    except Exception as error:  # A damaged header makes safetensors, NumPy and json raise their own.
+        raise DamagedError(f"{path} is damaged, or no safetensors file: {error}") from error
+    if "sha256" not in metadata:
+        raise ValueError(f"{path} has no digest: another program wrote it")
+    # Programs that save a file again add an entry of their own, "format".
+    described = {name: value for name, value in metadata.items() if name not in ("sha256", "format")}
+    if digest(tensors, described) != metadata["sha256"]:
+        raise DamagedError(f"{path} is damaged: its content does not match its SHA-256")
+    return tensors, described
 
 
-def remove_partial(directory: str | os.PathLike[str]) -> None:
-    """Remove what writers that were killed have left in a directory; what living ones are writing stays.
+def digest(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> str:
+    """Return the SHA-256 of named arrays and metadata.
 
-    Args:
-        directory: Where; if it is missing or may not be changed, nothing happens.
-
-    >>> import tempfile
-    >>> directory = Path(tempfile.mkdtemp())
-    >>> left = directory / ".note.txt-0123abcd.partial"
-    >>> left.touch()
-    >>> remove_partial(directory)
-    >>> left.exists()
+    >>> digest({"a": np.ones(3)}) == digest({"a": np.zeros(3)})
     False
     """
-    with contextlib.suppress(OSError):
-        for path in Path(directory).iterdir():
-            if not PARTIAL.fullmatch(path.name):
-                continue
-            with contextlib.suppress(OSError):
-                descriptor = _open(path)
-                try:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    _remove(path)
-                finally:
-                    os.close(descriptor)
+    total = hashlib.sha256(json.dumps(sorted((metadata or {}).items())).encode())
+    for name, array in sorted(tensors.items()):
+        total.update(json.dumps([name, array.dtype.name, array.shape]).encode())
+        total.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    return total.hexdigest()
 
 
-@contextlib.contextmanager
-def locked(directory: str | os.PathLike[str]) -> Iterator[None]:
-    """Let one process at a time into the block, of all that name the same directory; the others wait.
-
-    The lock leaves no file. A file system that has no locks lets everybody in.
-
-    Args:
-        directory: An existing directory.
-
-    >>> import tempfile
-    >>> with locked(tempfile.mkdtemp()):
-    ...     print("alone")
-    alone
-    """
-    descriptor = _open(Path(directory))
-    try:
-        with contextlib.suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _resolved(path: Path) -> Path:
-    # Of links that lead to themselves Python 3.13 gives one back, and earlier ones raise RuntimeError.
-    with contextlib.suppress(RuntimeError):
-        resolved = path.resolve()
-        if not resolved.is_symlink():
-            return resolved
-    raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
-
-
-@contextlib.contextmanager
-def _partial(path: Path, *, directory: bool) -> Iterator[tuple[int, Path]]:
-    """Make a locked temporary file or directory beside `path`, and remove it unless the block has renamed it."""
-    descriptor, temporary = _made(path, directory)
-    try:
-        yield descriptor, temporary
-    finally:
-        _remove(temporary)
-        os.close(descriptor)
-
-
-def _made(path: Path, directory: bool) -> tuple[int, Path]:
-    while True:
-        temporary = path.with_name(f".{path.name}-{secrets.token_hex(4)}.partial")
-        # Modes are left to the umask, so that the result is as readable as any other file that the user writes.
-        if directory:
-            temporary.mkdir()
-        else:
-            temporary.touch(exist_ok=False)
-        try:
-            descriptor = _open(temporary)
-        except FileNotFoundError:
-            continue
-        with contextlib.suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        if temporary.exists():
-            return descriptor, temporary
-        # Before it was locked, another writer took it for a dead one's.
-        os.close(descriptor)
-
-
-def _open(path: Path) -> int:
-    return os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+def _as_array(dtype: str, shape: list[int], data: bytes | bytearray) -> np.ndarray:
+    """Return one entry of a safetensors file; unlike safetensors.numpy, of bfloat16 too."""
+    kind = dtype.rstrip("0123456789")
+    name = {"F": "float", "BF": "bfloat", "I": "int", "U": "uint", "BOOL": "bool"}[kind] + dtype[len(kind) :]
+    return np.frombuffer(data, ml_dtypes.bfloat16 if name == "bfloat16" else name).reshape(shape)

@@ -1,541 +1,347 @@
-"""Take a network elsewhere and back: PyTorch, safetensors, StableHLO, ONNX.
+"""Networks to and from other programs: PyTorch, safetensors, StableHLO, ONNX."""
 
-What this module writes itself carries a digest of its content, which is checked when it is read: the formats notice a
-flipped bit by luck only. Reading needs neither Flax nor, but for PyTorch's own files, PyTorch.
-"""
-
-import dataclasses
-import hashlib
 import io
 import itertools
 import json
-import math
 import os
 import re
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
-import safetensors.numpy
-from jaxtyping import Array, Float, UInt8
+import optax
+from jaxtyping import Array
 
+from fashion_jax import _checks, files
 from fashion_jax.config import TrainConfig
-from fashion_jax.data import CLASS_NAMES, check_pixels
-from fashion_jax.files import write_atomically
+from fashion_jax.data import CLASS_NAMES
+from fashion_jax.model import FashionMLP
+from fashion_jax.steps import Number, param_shapes
+from fashion_jax.types import Params
 
-if TYPE_CHECKING:
-    import torch
-
-MAGIC = b"fashion_jax StableHLO 1\n"
-DIGEST_CHARACTERS = 64
-# The oldest opset whose Softmax is the usual one is 13; 17 is what runtimes of several years read.
-ONNX_OPSET, ONNX_IR = 17, 8
+FilePath = str | os.PathLike[str]
 
 
 class Network(NamedTuple):
-    """A network that was read from a file.
+    """A network from a file.
 
     Attributes:
         params: The model's parameters.
-        config: What it was trained with, but for `loss` and `optimiser`: functions are not kept.
+        config: The default but for the model, which has the dropout rate of the training.
         class_names: Name of each class.
-        dropout_rate: Share of hidden units that were dropped while it was trained; None if the file does not tell.
     """
 
-    params: dict[str, Any]
+    params: Params
     config: TrainConfig
     class_names: tuple[str, ...]
-    dropout_rate: float | None = None
 
 
-class ExportedNetwork(NamedTuple):
-    """A network as one compiled function, without the model that it was made from: call it with images.
+def from_torch(state_dict: Mapping[str, Any]) -> Params:
+    """Convert the weights of a PyTorch perceptron: `nn.Linear` layers with ReLU between, on normalized pixels.
 
-    Attributes:
-        exported: The function as `jax.export` has it.
-        class_names: Name of each class.
-    """
-
-    exported: jax.export.Exported
-    class_names: tuple[str, ...]
-
-    def __call__(self, images: UInt8[Array | np.ndarray, "n height width *channels"]) -> Float[np.ndarray, "n classes"]:
-        """Compute the probability of each class; the first call with another number of images compiles.
-
-        Args:
-            images: Pixels, 0 to 255, at least one image.
-
-        Raises:
-            TypeError: The images are not `uint8`.
-            ValueError: The images' shape is wrong.
-        """
-        check_pixels(images, "images")
-        _, *shape = self.exported.in_avals[0].shape
-        if list(images.shape[1:]) != shape or not len(images):
-            expected = ", ".join(map(str, ("n", *shape)))
-            raise ValueError(f"images must have shape [{expected}] with n at least 1, got {list(images.shape)}")
-        return np.asarray(jax.jit(self.exported.call)(jnp.asarray(images)))
-
-
-def hidden_units(params: Mapping[str, Any]) -> tuple[int, ...]:
-    """Tell the units of each hidden layer, for a `TrainConfig`.
+    Layers may have any names. Each must fit the next, and numbers ascend where names differ in their numbers only. If
+    several orders are left, that of `model.state_dict()` counts; other mappings, as from safetensors, have lost it.
 
     Args:
-        params: The model's parameters.
-
-    >>> hidden_units({"fc1": {"bias": np.zeros(32)}, "fc2": {"bias": np.zeros(10)}})
-    (32,)
-    """
-    return tuple(len(params[f"fc{i}"]["bias"]) for i in range(1, len(params)))
-
-
-def from_torch(state_dict: Mapping[str, Any], *, config: TrainConfig | None = None) -> dict[str, Any]:
-    """Take the weights of a PyTorch network: a chain of `nn.Linear` with ReLU in between, on standardised pixels.
-
-    Layers may have any names: fc1, fc2, ... as in the tutorial, 0, 2, ... from `nn.Sequential`, with any prefix. Names
-    that differ in their numbers only are taken in the order of the numbers, others in the order of the mapping. After
-    fc1 no number may be left out, so that a layer that is missing is noticed.
-
-    Args:
-        state_dict: Name and tensor (or array) of each weight [out, in] and bias [out], from `model.state_dict()`. A
-            safetensors file gives them sorted by name; put layers that are not numbered into the network's order.
-        config: Gives the widths; if left out, they are those of the tensors, from 784 inputs to 10 outputs.
-
-    Returns:
-        Parameters in the form of `Run.state.params`. `hidden_units` tells the widths for a `TrainConfig`.
+        state_dict: Weight [out, in] and bias [out] of each layer by name, from `model.state_dict()`.
 
     Raises:
-        TypeError: It is not a mapping, or an entry is not a tensor of floats.
-        ValueError: A tensor is missing, is one too many, has the wrong shape or holds a number that is not finite; or
-            the config has a model of its own.
+        TypeError: It does not map names to tensors.
+        ValueError: The tensors are not those of a perceptron, or the order of the layers is ambiguous.
 
     >>> tensors = {"0.weight": np.zeros((32, 784)), "0.bias": np.zeros(32)}
-    >>> tensors |= {"2.weight": np.zeros((10, 32)), "2.bias": np.zeros(10)}
-    >>> hidden_units(from_torch(tensors))
-    (32,)
-    >>> del tensors["2.bias"]
-    >>> from_torch(tensors)
-    Traceback (most recent call last):
-    ValueError: state_dict does not hold a chain of nn.Linear: 2.bias is missing
+    >>> params = from_torch(tensors | {"2.weight": np.zeros((10, 32)), "2.bias": np.zeros(10)})
+    >>> params["fc1"]["kernel"].shape, model_for(params).hidden
+    ((784, 32), (32,))
     """
     if not isinstance(state_dict, Mapping):
         raise TypeError(f"state_dict must be a mapping, such as model.state_dict(), got {type(state_dict).__name__}")
-    if config is not None:
-        _check_perceptron(config)
+    for name, value in state_dict.items():
+        if isinstance(value, Mapping) and any(str(key).endswith("weight") for key in value):
+            raise TypeError(f"state_dict holds more than weights; pass its entry {name!r}")
     layers: dict[str, dict[str, np.ndarray]] = {}
-    wrong: list[str] = []
     for name, tensor in state_dict.items():
-        if not isinstance(name, str):
-            raise TypeError(f"state_dict must have names such as 'fc1.weight', got {name!r}")
-        array = _as_numpy(name, tensor)
-        layer, _, part = name.rpartition(".")
-        axes = {"weight": 2, "bias": 1}.get(part)
-        if axes is None:
-            wrong.append(f"{name} is neither a weight nor a bias")
-        elif array.ndim != axes:
-            wrong.append(f"{name} must have {axes} {'axes' if axes > 1 else 'axis'}, got shape {list(array.shape)}")
-        elif not np.isfinite(array).all():
-            wrong.append(f"{name} holds a number that is not finite")
-        else:
-            layers.setdefault(layer, {})[part] = array
-    layers = {layer: layers[layer] for layer in _in_order(layers)}
-    wrong += _missing(layers, state_dict, config)
-    if not wrong:
-        wrong += _misfits(layers, config)
-    if wrong:
-        raise ValueError(f"state_dict does not hold a chain of nn.Linear: {'; '.join(wrong)}")
+        layer, _, part = str(name).rpartition(".")
+        try:
+            # float64 holds all floats of PyTorch, of which NumPy lacks bfloat16.
+            dense = tensor.detach().cpu().double().numpy() if hasattr(tensor, "detach") else tensor
+            array = np.asarray(dense, jnp.result_type(float))
+        except Exception as error:  # Sparse, quantized and meta tensors each raise their own.
+            raise TypeError(f"state_dict[{name!r}] is no dense tensor of numbers: {type(tensor).__name__}") from error
+        if array.ndim != {"weight": 2, "bias": 1}.get(part):
+            raise ValueError(f"state_dict[{name!r}] is no weight or bias of an nn.Linear; its shape is {array.shape}")
+        layers.setdefault(layer, {})[part] = array
+    missing = [f"{layer}.{part}" for layer in layers for part in ("weight", "bias") if part not in layers[layer]]
+    if missing or not layers:
+        raise ValueError(f"state_dict lacks {', '.join(missing) or 'layers'}")
+    widths = {name: parts["weight"].shape[::-1] for name, parts in layers.items()}
+    order = _in_order(widths, given=hasattr(state_dict, "_metadata"))  # PyTorch's own mappings have it.
+    return _params([(layers[name]["weight"], layers[name]["bias"]) for name in order])
+
+
+def to_torch(params: Params) -> dict[str, Any]:
+    """Convert the parameters of one `FashionMLP` to a `state_dict` for PyTorch, with layers fc1, fc2, ...
+
+    For a model with other names, `dict(zip(model.state_dict(), to_torch(params).values()))`.
+
+    >>> list(to_torch({"fc1": {"kernel": np.zeros((784, 10)), "bias": np.zeros(10)}})["fc1.weight"].shape)
+    [10, 784]
+    """
+    import torch
+
+    # By way of float64, because PyTorch does not read NumPy's bfloat16.
     return {
-        f"fc{i}": {"kernel": jnp.array(parts["weight"].T), "bias": jnp.array(parts["bias"])}
-        for i, parts in enumerate(layers.values(), start=1)
+        name: torch.from_numpy(array.astype(np.float64)).to(getattr(torch, array.dtype.name))
+        for name, array in _tensors(params).items()
     }
 
 
-def to_torch(params: Mapping[str, Any], *, names: Sequence[str] | None = None) -> "dict[str, torch.Tensor]":
-    """Give the weights as a `state_dict` for PyTorch: `model.load_state_dict(to_torch(params))`.
-
-    Args:
-        params: The model's parameters.
-        names: Name of each layer, such as ["0", "2", "4", "6"] for an `nn.Sequential`; by default the tutorial's fc1,
-            fc2, ...
+def load_torch(path: FilePath) -> Params:
+    """Read a `state_dict` that `torch.save` wrote, as `from_torch` does; nothing in the file is executed.
 
     Raises:
-        ImportError: PyTorch is not installed.
-        ValueError: The parameters are not those of a `FashionMLP`, or `names` does not name each layer once.
-
-    >>> from fashion_jax.train import init_state
-    >>> list(to_torch(init_state(jax.random.key(0)).params)["fc1.weight"].shape)
-    [256, 784]
+        ValueError: The file is damaged, or holds something else.
     """
     import torch
 
-    return {name: torch.from_numpy(array) for name, array in _tensors(params, names).items()}
-
-
-def load_torch(path: str | os.PathLike[str], *, config: TrainConfig | None = None) -> dict[str, Any]:
-    """Read a `state_dict` that `torch.save` wrote (.pth, .pt), and take its weights as `from_torch` does.
-
-    It is read with `weights_only=True`: nothing in the file is executed. Such a file has no digest, so damage that
-    leaves it readable goes unnoticed.
-
-    Args:
-        path: The file.
-        config: Gives the widths; if left out, they are those of the tensors.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ImportError: PyTorch is not installed.
-        ValueError: The file holds something else than tensors, is damaged, or they are not those of a chain.
-
-    >>> import tempfile, torch
-    >>> from fashion_jax.train import init_state
-    >>> params = init_state(jax.random.key(0)).params
-    >>> path = Path(tempfile.mkdtemp()) / "network.pth"
-    >>> torch.save(to_torch(params), path)
-    >>> bool((load_torch(path)["fc4"]["bias"] == params["fc4"]["bias"]).all())
-    True
-    """
-    import torch
-
-    content = Path(path).read_bytes()
+    content = _checks.path("path", path).read_bytes()
     try:
         state_dict = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:
-        # A damaged or a dangerous file makes torch.load raise its own, the unpickler's and zlib's errors, and OSError.
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"{path} is not a file of PyTorch weights alone, or is damaged: {reason}") from error
+    except Exception as error:  # Those of zip files and of pickle, and PyTorch's own.
+        raise ValueError(f"{path} is damaged, or holds more than tensors; save model.state_dict() alone") from error
     try:
-        return from_torch(state_dict, config=config)
+        return from_torch(state_dict)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
 
 
+def model_for(params: Params) -> FashionMLP:
+    """Return the `FashionMLP` that parameters belong to, for `TrainConfig(model=...)`.
+
+    >>> model_for({"fc1": {"kernel": np.zeros((784, 10)), "bias": np.zeros(10)}}).classes
+    10
+    """
+    *hidden, classes = (len(array) for name, array in _tensors(params).items() if name.endswith("bias"))
+    return FashionMLP(hidden=tuple(hidden), classes=classes)
+
+
 def save_safetensors(
-    path: str | os.PathLike[str],
-    params: Mapping[str, Any],
+    path: FilePath,
+    params: Params,
     *,
     config: TrainConfig = TrainConfig(),
     class_names: Sequence[str] = CLASS_NAMES,
     dropout_rate: float | None = None,
 ) -> None:
-    """Write a network as one safetensors file, with config, class names, rate and a digest in its metadata.
-
-    The tensors have PyTorch's names and axes, so that PyTorch reads the file too:
-    `model.load_state_dict(safetensors.torch.load_file(path))`.
+    """Write a `FashionMLP` as one safetensors file; PyTorch reads its tensors as those of `to_torch`.
 
     Args:
         path: Where to; an existing file is replaced as a whole.
-        params: The model's parameters.
-        config: What it was trained with.
+        params: The parameters of one network.
+        config: The model.
         class_names: Name of each class.
-        dropout_rate: Share of hidden units that were dropped in training, which Monte Carlo dropout needs; in [0, 1).
+        dropout_rate: Rate of the training, for Monte Carlo dropout; that of the model by default.
 
     Raises:
-        OSError: The file cannot be written.
-        TypeError: The rate is no number.
-        ValueError: The parameters do not fit the config, hold a number that is not finite, or are not those of a
-            `FashionMLP`; or the rate is out of range.
+        ValueError: Parameters, model and class names do not fit together.
 
     >>> import tempfile
-    >>> from fashion_jax.train import init_state
-    >>> params = init_state(jax.random.key(0)).params
-    >>> path = Path(tempfile.mkdtemp()) / "network.safetensors"
-    >>> save_safetensors(path, params, dropout_rate=0.2)
+    >>> from fashion_jax.steps import init_state
+    >>> path = tempfile.mkdtemp() + "/network.safetensors"
+    >>> save_safetensors(path, init_state(jax.random.key(0)).params, dropout_rate=0.2)
     >>> network = load_safetensors(path)
-    >>> network.config == TrainConfig(), network.class_names[9], network.dropout_rate
-    (True, 'Ankle boot', 0.2)
+    >>> network.config.model.dropout_rate, network.class_names[9]
+    (0.2, 'Ankle boot')
     """
-    from fashion_jax.model import check_rate
-
-    _check_perceptron(config)
-    _check_network(params, config, class_names)
-    tensors = _tensors(params)
-    about = dataclasses.replace(config, loss=None, optimiser=None).as_dict()
-    metadata = {"config": json.dumps(about), "class_names": json.dumps(list(class_names))}
-    if dropout_rate is not None:
-        check_rate(dropout_rate)
-        metadata["dropout_rate"] = json.dumps(float(dropout_rate))
-    metadata["sha256"] = _digest(tensors, metadata)
-    write_atomically(path, safetensors.numpy.save(tensors, metadata))
+    model = _check_perceptron(params, config)
+    if len(class_names) != model.classes:
+        raise ValueError(f"class_names must name {model.classes} classes, got {len(class_names)}")
+    rate = _checks.rate("dropout_rate", model.dropout_rate if dropout_rate is None else dropout_rate)
+    fields = {"hidden": model.hidden, "classes": model.classes, "dropout_rate": rate, "dtype": model.dtype}
+    metadata = {"model": json.dumps(fields), "class_names": json.dumps(list(class_names))}
+    files.save_tensors(path, _tensors(params), metadata)
 
 
-def load_safetensors(path: str | os.PathLike[str]) -> Network:
-    """Read a network that `save_safetensors` wrote, and check its digest.
-
-    Args:
-        path: The file.
+def load_safetensors(path: FilePath) -> Network:
+    """Read a network that `save_safetensors` wrote, and verify its digest.
 
     Raises:
-        OSError: There is no such file, or it cannot be read.
-        ValueError: The file is damaged, or another program wrote it.
+        ValueError: The file is damaged, or holds something else.
     """
-    path = Path(path)
-    # safetensors says of a file that may not be read, and of a directory, that there is none.
-    with path.open("rb"):
-        pass
-    try:
-        with safetensors.safe_open(path, "numpy") as file:
-            metadata = dict(file.metadata() or {})
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except OSError:
-        raise
-    except Exception as error:
-        # Besides SafetensorError, a damaged header makes NumPy raise.
-        raise ValueError(f"{path} is not a safetensors file, or is damaged: {error}") from error
-    if "sha256" not in metadata:
-        raise ValueError(
-            f"{path} has no digest, so another program wrote it; read it with safetensors.numpy.load_file, which sorts "
-            "by name, put layers that are not numbered into the network's order, and take the weights with from_torch"
-        )
-    if _digest(tensors, metadata) != metadata["sha256"]:
-        raise ValueError(f"{path} is damaged: its content does not have the digest that it was written with")
-    try:
-        config, class_names = TrainConfig.from_dict(json.loads(metadata["config"])), json.loads(metadata["class_names"])
-        rate = json.loads(metadata.get("dropout_rate", "null"))
-        return Network(from_torch(tensors, config=config), config, tuple(class_names), rate)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} was written by another version of fashion_jax: {error}") from error
+    tensors, metadata = files.load_tensors(path)
+    if "model" not in metadata:
+        raise ValueError(f"{path} holds no network of save_safetensors")
+    fields = json.loads(metadata["model"])
+    model = FashionMLP(**fields | {"hidden": tuple(fields["hidden"])})
+    params = _params([(tensors[f"fc{i}.weight"], tensors[f"fc{i}.bias"]) for i in range(1, len(model.hidden) + 2)])
+    return Network(params, TrainConfig(model=model), tuple(json.loads(metadata["class_names"])))
 
 
 def export(
-    params: Mapping[str, Any],
-    config: TrainConfig,
-    path: str | os.PathLike[str],
-    *,
-    class_names: Sequence[str] = CLASS_NAMES,
+    path: FilePath, params: Params, *, config: TrainConfig = TrainConfig(), image_shape: tuple[int, ...] = (28, 28)
 ) -> None:
-    """Write a network as one StableHLO program: any number of `uint8` images in, probabilities out, on CPU and CUDA.
+    """Write a network as one StableHLO program for CPU and CUDA, whatever its model: images in, probabilities out.
 
-    The weights are part of the program. `load_exported` runs it, without Flax and without this package's model. JAX
-    promises to read such a program for six months after the version that wrote it.
+    The file is a safetensors file. `jax.export.deserialize(bytearray(tensors["program"])).call(images)` runs it without
+    this package; JAX promises to read it for six months.
 
     Args:
-        params: The model's parameters.
-        config: Gives the widths.
-        path: Where to; an existing file is replaced as a whole.
-        class_names: Name of each class.
+        path, params, config: As for `save_safetensors`.
+        image_shape: Shape of one image; the number of images stays open.
 
     Raises:
-        OSError: The file cannot be written.
-        ValueError: The parameters do not fit the config, or hold a number that is not finite.
+        ValueError: Parameters and model do not fit together.
 
     >>> import tempfile
-    >>> from fashion_jax.train import init_state
-    >>> path = Path(tempfile.mkdtemp()) / "network.stablehlo"
-    >>> export(init_state(jax.random.key(0)).params, TrainConfig(), path)
+    >>> from fashion_jax.steps import init_state
+    >>> path = tempfile.mkdtemp() + "/network.stablehlo"
+    >>> export(path, init_state(jax.random.key(0)).params)
     >>> load_exported(path)(np.zeros((3, 28, 28), np.uint8)).shape
     (3, 10)
     """
-    from fashion_jax.predict import probabilities
+    if _checks.params(params, param_shapes(config, image_shape)):
+        raise ValueError("params must be those of one network; select it first, as by result.at(seed=0)")
 
-    _check_network(params, config, class_names)
-    weights = jax.tree.map(jnp.asarray, dict(params))
-    images = jax.ShapeDtypeStruct((*jax.export.symbolic_shape("n"), *config.image_shape), jnp.uint8)
-    program = jax.jit(lambda images: probabilities(weights, images, config=config))
-    exported = jax.export.export(program, platforms=("cpu", "cuda"))(images)
-    about = {"class_names": list(class_names), "config": config.as_dict(), "jax": jax.__version__}
-    content = json.dumps(about).encode() + b"\n" + exported.serialize()
-    write_atomically(path, MAGIC + hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
+    # One by one, for models that ask for the number of images.
+    @jax.vmap
+    def probabilities(image):
+        return jnp.exp(cast(Array, config.model.apply({"params": params}, image[None], deterministic=True)))[0]
+
+    images = jax.ShapeDtypeStruct((*jax.export.symbolic_shape("n"), *image_shape), jnp.uint8)
+    program = jax.export.export(jax.jit(probabilities), platforms=("cpu", "cuda"))(images).serialize()
+    files.save_tensors(path, {"program": np.frombuffer(program, np.uint8)}, {"jax": jax.__version__})
 
 
-def load_exported(path: str | os.PathLike[str]) -> ExportedNetwork:
-    """Read a program that `export` wrote, and check its digest.
-
-    Args:
-        path: The file.
+def load_exported(path: FilePath) -> Callable[[Any], Array]:
+    """Read a program that `export` wrote, and verify its digest.
 
     Returns:
-        The network; call it with images.
+        A function from uint8 images [n, height, width] to probabilities [n, classes], compiled once for each n.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The file is damaged or something else, or this version of JAX does not read it.
+        ValueError: The file is damaged or holds something else, or this version of JAX does not read it.
     """
-    file = Path(path).read_bytes()
-    if not file.startswith(MAGIC):
-        raise ValueError(f"{path} is not a program that fashion_jax exported, or is damaged: its first line is another")
-    digest, content = file[len(MAGIC) :][:DIGEST_CHARACTERS], file[len(MAGIC) + DIGEST_CHARACTERS + 1 :]
-    if hashlib.sha256(content).hexdigest().encode() != digest:
-        raise ValueError(f"{path} is damaged: its content does not have the digest that it was written with")
-    line, _, program = content.partition(b"\n")
-    about = json.loads(line)
+    tensors, metadata = files.load_tensors(path)
+    if "program" not in tensors:
+        raise ValueError(f"{path} holds no program of export")
     try:
-        exported = jax.export.deserialize(bytearray(program))
-    except Exception as error:
-        # Undamaged, so it is the version; jax raises ValueError, struct.error or flatbuffers' errors.
-        raise ValueError(
-            f"{path} was written by jax {about['jax']}, and jax {jax.__version__} does not read it: {error}"
-        ) from error
-    return ExportedNetwork(exported, tuple(about["class_names"]))
+        return jax.jit(jax.export.deserialize(bytearray(tensors["program"])).call)
+    except Exception as error:  # ValueError, struct.error, or one of flatbuffers.
+        raise ValueError(f"{path} is of jax {metadata['jax']}, which jax {jax.__version__} does not read") from error
 
 
 def export_onnx(
-    params: Mapping[str, Any],
-    config: TrainConfig,
-    path: str | os.PathLike[str],
-    *,
-    class_names: Sequence[str] = CLASS_NAMES,
+    path: FilePath, params: Params, *, config: TrainConfig = TrainConfig(), image_shape: tuple[int, ...] = (28, 28)
 ) -> None:
-    """Write a network as an ONNX graph: `images`, uint8 [n, 28, 28], in; `probabilities`, float32 [n, 10], out.
+    """Write a `FashionMLP` as an ONNX graph: `images`, uint8 [n, 28, 28], in; `probabilities`, float32 [n, 10], out.
 
-    Args:
-        params: The model's parameters.
-        config: Gives the widths.
-        path: Where to; an existing file is replaced as a whole.
-        class_names: Name of each class, kept in the graph's metadata.
-
-    Raises:
-        ImportError: The package onnx is not installed; `pip install '.[onnx]'` in a clone installs it.
-        OSError: The file cannot be written.
-        ValueError: The parameters do not fit the config, hold a number that is not finite, or are not those of a
-            `FashionMLP`.
-
-    >>> import tempfile
-    >>> from fashion_jax.train import init_state
-    >>> path = Path(tempfile.mkdtemp()) / "network.onnx"
-    >>> export_onnx(init_state(jax.random.key(0)).params, TrainConfig(), path)
-    >>> path.stat().st_size > 4 * 242_762
-    True
+    Arguments and errors are those of `export`. The package onnx comes with `pip install "fashion_jax[onnx]"`.
     """
     import onnx
-    from onnx import TensorProto, helper, numpy_helper
 
-    _check_perceptron(config)
-    _check_network(params, config, class_names)
-    tensors = {name: array.astype(np.float32) for name, array in _tensors(params).items()}
-    constants = {"white": np.float32(255), "half": np.float32(0.5)}
-    nodes = [
-        helper.make_node("Cast", ["images"], ["pixels"], to=TensorProto.FLOAT),
-        helper.make_node("Div", ["pixels", "white"], ["scaled"]),
-        helper.make_node("Sub", ["scaled", "half"], ["shifted"]),
-        helper.make_node("Div", ["shifted", "half"], ["standardised"]),
-        helper.make_node("Flatten", ["standardised"], ["x0"], axis=1),
-    ]
-    last = len(config.hidden) + 1
-    for i in range(1, last + 1):
-        inputs = [f"x{i - 1}", f"fc{i}.weight", f"fc{i}.bias"]
-        nodes.append(helper.make_node("Gemm", inputs, [f"fc{i}"], transB=1))
-        if i < last:
-            nodes.append(helper.make_node("Relu", [f"fc{i}"], [f"x{i}"]))
-    nodes.append(helper.make_node("Softmax", [f"fc{last}"], ["probabilities"], axis=1))
-    graph = helper.make_graph(
-        nodes,
-        "fashion_jax",
-        [helper.make_tensor_value_info("images", TensorProto.UINT8, ["n", *config.image_shape])],
-        [helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, ["n", len(class_names)])],
-        [numpy_helper.from_array(np.asarray(array), name) for name, array in (constants | tensors).items()],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", ONNX_OPSET)], ir_version=ONNX_IR)
-    helper.set_model_props(model, {"class_names": json.dumps(list(class_names))})
+    classes, last = _check_perceptron(params, config).classes, len(params)
+    gemm = "fc{0} = Gemm <transB = 1> (x{0}, weight{0}, bias{0})"
+    layers = [f"x{i} = Relu(fc{i - 1}) {gemm.format(i)}" for i in range(2, last + 1)]
+    # Runtimes of several years read opset 17 in IR version 8.
+    model = onnx.parser.parse_model(f"""<ir_version: 8, opset_import: ["": 17]>
+        fashion_jax (uint8[n, {", ".join(map(str, image_shape))}] images) => (float[n, {classes}] probabilities)
+        <float white = {{255}}, float half = {{0.5}}> {{
+            pixels = Cast <to = 1> (images)
+            scaled = Div(pixels, white)
+            shifted = Sub(scaled, half)
+            normalized = Div(shifted, half)
+            x1 = Flatten <axis = 1> (normalized)
+            {gemm.format(1)} {" ".join(layers)}
+            probabilities = Softmax <axis = 1> (fc{last})
+        }}""")
+    for name, array in _tensors(params).items():
+        layer, part = name.removeprefix("fc").split(".")
+        model.graph.initializer.append(onnx.numpy_helper.from_array(array.astype(np.float32), part + layer))
     onnx.checker.check_model(model, full_check=True)
-    write_atomically(path, model.SerializeToString())
+    files.write(path, model.SerializeToString())
 
 
-def _check_perceptron(config: TrainConfig) -> None:
-    """Refuse a network of the user's own, whatever its layers are called: what it computes cannot be seen in them."""
-    if config.model is not None:
-        raise ValueError(
-            f"config.model is {config.as_dict()['model']}: formats with PyTorch's names are for the perceptron alone; "
-            "export takes any network"
-        )
+def torch_adam(
+    learning_rate: Number | optax.Schedule, b1: Number = 0.9, b2: Number = 0.999, eps: Number = 1e-8
+) -> optax.GradientTransformation:
+    """Build Adam with exact bias corrections, for comparisons with PyTorch in float32 step by step.
+
+    `optax.adam` computes 1 - b2**t in float32, which is off by 1.3e-5 in the first steps.
+
+    Source: Kingma and Ba, "Adam: A Method for Stochastic Optimization", ICLR 2015.
+
+    >>> optimizer = torch_adam(1.0)
+    >>> gradient = jnp.array([0.5, -2.0])
+    >>> updates, _ = optimizer.update(gradient, optimizer.init(gradient))
+    >>> [f"{update:.6f}" for update in updates]
+    ['-1.000000', '1.000000']
+    """
+
+    def update(updates, state, params=None):
+        count = optax.safe_increment(state.count)
+        mu = optax.tree.update_moment(updates, state.mu, b1, 1)
+        nu = optax.tree.update_moment_per_elem_norm(updates, state.nu, b2, 2)
+        steps = jnp.asarray(count, jnp.result_type(float))
+        correction1, correction2 = (-jnp.expm1(steps * jnp.log1p(b - 1)) for b in (b1, b2))
+        updates = jax.tree.map(lambda m, v: m / correction1 / (jnp.sqrt(v / correction2) + eps), mu, nu)
+        return updates, optax.ScaleByAdamState(count, mu, nu)
+
+    adam = optax.GradientTransformation(optax.scale_by_adam().init, update)
+    return optax.chain(adam, optax.scale_by_learning_rate(learning_rate))
 
 
-def _as_dict(params: Mapping[str, Any]) -> dict[str, Any]:
-    if not isinstance(params, Mapping):
-        raise ValueError(f"params must be those of a model, such as state.params, got {type(params).__name__}")
-    return dict(params)
+def _in_order(widths: Mapping[str, tuple[int, ...]], *, given: bool) -> list[str]:
+    """Return the names of layers from first to last, by the inputs and outputs of each, and the mapping's if given."""
+    families = {name: re.sub(r"\d+", "#", name) for name in widths}
+    numbers = {name: [int(digits) for digits in re.findall(r"\d+", name)] for name in widths}
+
+    def orders(left: list[str], last: int | None = None) -> Iterator[list[str]]:
+        if not left:
+            yield []
+        for name in left:
+            lower = [other for other in left if families[other] == families[name] and numbers[other] < numbers[name]]
+            if not lower and last in (None, widths[name][0]):
+                rest = [other for other in left if other != name]
+                yield from ([name, *order] for order in orders(rest, widths[name][1]))
+
+    found = list(itertools.islice(orders(list(widths)), 2))
+    if not found:
+        raise ValueError(f"state_dict holds no chain of layers; their inputs and outputs are {dict(widths)}")
+    # The first order found is the mapping's own, if that fits.
+    if len(found) > 1 and not (given and found[0] == list(widths)):
+        a, b = next(pair for pair in zip(*found, strict=True) if pair[0] != pair[1])
+        raise ValueError(f"the order of the layers {a} and {b} is ambiguous; number them, or pass model.state_dict()")
+    return found[0]
 
 
-def _check_network(params: Mapping[str, Any], config: TrainConfig, class_names: Sequence[str]) -> None:
-    from fashion_jax.model import check_params
-
-    params = _as_dict(params)
-    check_params(params, config)
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    wrong = [
-        jax.tree_util.keystr(path, simple=True, separator=".") for path, leaf in leaves if not np.isfinite(leaf).all()
-    ]
-    if wrong:
-        raise ValueError(f"params hold numbers that are not finite, in {', '.join(wrong)}")
-    if len(class_names) != config.classes:
-        raise ValueError(f"class_names must name {config.classes} classes, got {len(class_names)}")
+def _params(layers: list[tuple[np.ndarray, np.ndarray]]) -> Params:
+    pairs = enumerate(layers, start=1)
+    return {f"fc{i}": {"kernel": jnp.asarray(weight.T), "bias": jnp.asarray(bias)} for i, (weight, bias) in pairs}
 
 
-def _as_numpy(name: str, tensor) -> np.ndarray:
-    if isinstance(tensor, Mapping):
-        raise TypeError(f"state_dict[{name!r}] is a mapping and not a tensor; pass that entry if it is the state_dict")
-    if getattr(tensor, "is_meta", False):
-        raise TypeError(f"state_dict[{name!r}] has a shape and no numbers: it is on PyTorch's device meta")
-    if hasattr(tensor, "detach"):
-        tensor = tensor.detach().cpu()
-        # float64 holds every other float type, bfloat16 too, which NumPy lacks.
-        tensor = (tensor.double() if tensor.is_floating_point() else tensor).numpy()
-    array = np.asarray(tensor)
-    if not np.issubdtype(array.dtype, np.floating):
-        raise TypeError(f"state_dict[{name!r}] must be a tensor of floats, got {array.dtype}")
-    with np.errstate(over="ignore"):
-        return array.astype(jnp.result_type(float))
-
-
-def _in_order(names: Mapping[str, Any]) -> list[str]:
-    """Sort names that differ in their numbers only; files sort 10 before 2."""
-    if len({re.sub(r"\d+", "#", name) for name in names}) > 1:
-        return list(names)
-    return sorted(names, key=lambda name: [int(digits) for digits in re.findall(r"\d+", name)])
-
-
-def _missing(layers: Mapping[str, Any], given: Mapping[str, Any], config: TrainConfig | None) -> list[str]:
-    """Name the tensors that are not there, as far as names tell."""
-    names = list(layers) or ["fc1"]
-    if first := re.fullmatch(r"(.*\bfc)1", names[0]):
-        # The tutorial's names tell which layers there ought to be.
-        numbers = [re.fullmatch(rf"{re.escape(first[1])}(\d+)", name) for name in names]
-        if all(numbers):
-            last = max([len(config.hidden) + 1 if config else 1, *(int(number[1]) for number in numbers if number)])
-            names += [f"{first[1]}{i}" for i in range(1, last + 1)]
-    tensors = [f"{name}.{part}" for name in dict.fromkeys(names) for part in ("weight", "bias")]
-    return [f"{name} is missing" for name in tensors if name not in given]
-
-
-def _misfits(layers: Mapping[str, dict[str, np.ndarray]], config: TrainConfig | None) -> list[str]:
-    """Tell which tensors do not have the shape that the config, or the layer before, asks for."""
-    outputs = list(config.hidden) if config else [len(parts["bias"]) for parts in layers.values()][:-1]
-    like = config or TrainConfig()
-    widths = list(itertools.pairwise((math.prod(like.image_shape), *outputs, like.classes)))
-    wrong = [f"{name}.weight and {name}.bias are not part of the network" for name in list(layers)[len(widths) :]]
-    wrong += [f"layer {i} of {len(widths)} is missing" for i in range(len(layers) + 1, len(widths) + 1)]
-    for (name, parts), (inputs, units) in zip(layers.items(), widths, strict=False):
-        for part, shape in (("weight", (units, inputs)), ("bias", (units,))):
-            if parts[part].shape != shape:
-                wrong.append(f"{name}.{part} must have shape {list(shape)}, got {list(parts[part].shape)}")
-    return wrong
-
-
-def _tensors(params: Mapping[str, Any], names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
-    """Give weights in PyTorch's names and axes, each an array of its own."""
-    params = _as_dict(params)
-    layers = [f"fc{i}" for i in range(1, len(params) + 1)]
-    wrong = [f"{layer}.{part}" for layer in layers for part in ("kernel", "bias") if part not in params.get(layer, {})]
-    if wrong or not layers:
-        raise ValueError(f"params must be those of a FashionMLP; missing: {', '.join(wrong) or 'all of them'}")
-    names = layers if names is None else list(names)
-    if len(names) != len(layers) or len(set(names)) < len(names):
-        raise ValueError(f"names must name each of the {len(layers)} layers once, got {names}")
+def _tensors(params: Params) -> dict[str, np.ndarray]:
+    """Return the weights of a `FashionMLP` in PyTorch's names and axes."""
     tensors = {}
-    for name, layer in zip(names, layers, strict=True):
-        tensors[f"{name}.weight"] = np.array(np.asarray(params[layer]["kernel"]).T, order="C")
-        tensors[f"{name}.bias"] = np.array(params[layer]["bias"])
+    try:
+        for name in (f"fc{i}" for i in range(1, len(params) + 1)):
+            tensors[f"{name}.weight"] = np.asarray(params[name]["kernel"]).T
+            tensors[f"{name}.bias"] = np.asarray(params[name]["bias"])
+    except (KeyError, TypeError):
+        tensors.clear()
+    if not tensors or tensors["fc1.bias"].ndim != 1:
+        raise ValueError(
+            "params must be those of one FashionMLP, such as run.best.params or result.at(...).best.params"
+        )
     return tensors
 
 
-def _digest(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> str:
-    """Compute SHA-256 over names, types, shapes and bytes of all tensors, and over the metadata."""
-    about = {name: text for name, text in metadata.items() if name != "sha256"}
-    shapes = {name: [array.dtype.str, *array.shape] for name, array in tensors.items()}
-    digest = hashlib.sha256(json.dumps([about, shapes], sort_keys=True).encode())
-    for name in sorted(tensors):
-        digest.update(tensors[name].tobytes())
-    return digest.hexdigest()
+def _check_perceptron(params: Params, config: TrainConfig) -> FashionMLP:
+    found, model = model_for(params), config.model
+    if type(model) is not FashionMLP:
+        raise ValueError(f"this format is for a FashionMLP, and export for any model; config.model is {model}")
+    if (found.hidden, found.classes) != (model.hidden, model.classes):
+        raise ValueError(f"params are those of {found}, and config.model is {model}")
+    return model

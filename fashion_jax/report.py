@@ -1,311 +1,190 @@
-"""What is written down about runs: the machine, the figures of every epoch, and the table that a person reads."""
+"""Records of runs: the machine, every number as JSON, and Markdown tables to read."""
 
 import csv
 import dataclasses
 import importlib.metadata
+import json
+import math
 import os
 import platform
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Array, Float
 
-from fashion_jax import __version__
-from fashion_jax.config import TrainConfig, check_config
-from fashion_jax.evidence import FEW_SEEDS, Summary, Verdict, check_history, summarise
-from fashion_jax.train import History, Metrics
+from fashion_jax import __version__, _checks
+from fashion_jax.evidence import Verdict, summarize
+from fashion_jax.types import History, Metrics
 
-# Flags that say where a script reads and writes.
-PLACES = ("checkpoint", "data_dir", "log", "output")
+PLACES = ("checkpoint", "data_dir", "log", "output")  # Flags that name files: no result depends on them.
 
 
 def environment() -> dict[str, Any]:
-    """Tell what a result depends on besides the code: device, processor, versions, and XLA's flags.
+    """Return the devices, processor, versions and XLA flags that results depend on.
 
     >>> sorted(environment())
-    ['devices', 'platform', 'processor', 'threads', 'versions', 'xla_flags']
+    ['devices', 'platform', 'processor', 'processor_model', 'threads', 'versions', 'xla_flags']
     """
-    packages = ("jax", "jaxlib", "flax", "optax", "numpy")
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")}
     return {
         "platform": jax.default_backend(),
         "devices": [device.device_kind for device in jax.devices()],
-        "processor": _processor(),
+        **_processor(),
         "threads": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "versions": {
-            "python": platform.python_version(),
-            # Not from its metadata, which a checkout that is not installed does not have.
-            "fashion_jax": __version__,
-            **{package: importlib.metadata.version(package) for package in packages},
-        },
+        "versions": {"python": platform.python_version(), "fashion_jax": __version__, **versions},
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
     }
 
 
-def as_json(arms: Mapping[str, History], *, seeds: list[int], config: TrainConfig, **more: Any) -> dict[str, Any]:
-    """Collect every figure of every epoch, and what is needed to make them again, as plain JSON values.
+def as_json(record: Any) -> str:
+    """Return a record as JSON text; equal records give equal text.
 
     Args:
-        arms: Title and History of each arm; leaves [..., epochs].
-        seeds: The seed of each run.
-        config: The config that all runs share.
-        **more: Further entries, such as the dropout rates.
+        record: Mappings, sequences, numbers, arrays, named tuples such as `History` or `Verdict`, and dataclasses such
+            as flags or a `TrainConfig`, without `PLACES`. NaN and infinity become null, everything else its text.
 
-    Raises:
-        TypeError: An arm is not a History, or `config` not a TrainConfig.
-        ValueError: There is no arm, or a leaf has other axes.
-
-    >>> from fashion_jax.train import Metrics
-    >>> curve = np.array([[0.5, 0.4]])
-    >>> arms = {"no dropout": History(curve, Metrics(curve, curve), Metrics(curve, curve))}
-    >>> as_json(arms, seeds=[0], config=TrainConfig())["arms"]["no dropout"]["train"]["loss"]
-    [[0.5, 0.4]]
+    >>> json.loads(as_json({"plain": Metrics(np.array([0.5, np.nan]), np.array([0.8, 0.9]))}))
+    {'plain': {'loss': [0.5, None], 'accuracy': [0.8, 0.9]}}
     """
-    _check_arms(arms)
-    check_config(config)
-    return {
-        "environment": environment(),
-        "config": config.as_dict(),
-        "seeds": seeds,
-        **more,
-        "arms": {
-            title: {
-                "running_loss": np.asarray(history.running_loss).tolist(),
-                "train": {name: np.asarray(leaf).tolist() for name, leaf in history.train._asdict().items()},
-                "validation": {name: np.asarray(leaf).tolist() for name, leaf in history.validation._asdict().items()},
-            }
-            for title, history in arms.items()
-        },
-    }
-
-
-def recorded_flags(flags: Any) -> dict[str, Any]:
-    """Give a script's flags, a dataclass, as a record keeps them: without places, on which no figure depends.
-
-    >>> flags = dataclasses.make_dataclass("Flags", ["epochs", "output"])(30, "runs/here")
-    >>> recorded_flags(flags)
-    {'epochs': 30}
-    """
-    return {name: value for name, value in dataclasses.asdict(flags).items() if name not in PLACES}
-
-
-def summaries(arms: Mapping[str, History]) -> dict[str, Any]:
-    """Give each arm's `evidence.summarise` as plain JSON values, one number a run.
-
-    Args:
-        arms: Title and History of each arm; leaves [..., epochs].
-
-    Raises:
-        TypeError: An arm is not a History.
-        ValueError: There is no arm, a leaf has other axes, or a loss is not finite.
-
-    >>> from fashion_jax.train import Metrics
-    >>> curve = np.array([[0.5, 0.25]])
-    >>> arms = {"no dropout": History(curve, Metrics(curve, curve), Metrics(curve, curve))}
-    >>> summaries(arms)["no dropout"]["best_epoch"]
-    [2]
-    """
-    _check_arms(arms)
-    return {
-        title: {name: leaf.tolist() for name, leaf in _summary(title, history)._asdict().items()}
-        for title, history in arms.items()
-    }
+    return json.dumps(_plain(record), indent=1, allow_nan=False) + "\n"
 
 
 def table(arms: Mapping[str, History]) -> str:
-    """Lay out each arm's figures at its last and at its best epoch, as mean +- standard deviation over runs.
+    """Return a Markdown table of each arm's metrics after its last and its best epoch, as mean ± std over seeds.
 
-    The best epoch is that of the lowest validation loss, run by run.
+    The best epoch is that of each run's lowest validation loss. Losses are in nats.
 
     Args:
-        arms: Title and History of each arm; leaves [runs, epochs].
-
-    Returns:
-        A Markdown table; the losses are in nats.
+        arms: Title and history of each arm; leaves [seeds, epochs].
 
     Raises:
-        TypeError: An arm is not a History.
-        ValueError: There is no arm, a leaf has other axes, or a loss is not finite.
+        TypeError, ValueError: An arm is no History with leaves [seeds, epochs] of finite numbers.
 
-    >>> from fashion_jax.train import Metrics
     >>> curve = np.array([[0.5, 0.4, 0.45]])
     >>> print(table({"no dropout": History(curve, Metrics(curve, curve), Metrics(curve, curve))}))
-    | arm        | epoch   | running training loss | fair training loss | validation loss | accuracy |
-    |------------|---------|-----------------------|--------------------|-----------------|----------|
-    | no dropout | last: 3 | 0.4500                | 0.4500             | 0.4500          | 0.4500   |
-    | no dropout | best: 2 | 0.4000                | 0.4000             | 0.4000          | 0.4000   |
+    | arm        | epoch   | training loss (running) | training loss (eval mode) | validation loss | accuracy |
+    |------------|---------|-------------------------|---------------------------|-----------------|----------|
+    | no dropout | last: 3 | 0.4500                  | 0.4500                    | 0.4500          | 0.4500   |
+    | no dropout | best: 2 | 0.4000                  | 0.4000                    | 0.4000          | 0.4000   |
     """
-    _check_arms(arms, axes=("runs", "epochs"))
-    heading = ("arm", "epoch", "running training loss", "fair training loss", "validation loss", "accuracy")
-    rows: list[tuple[str, ...]] = [heading]
+    rows = [["arm", "epoch", "training loss (running)", "training loss (eval mode)", "validation loss", "accuracy"]]
     for title, history in arms.items():
-        running, training = np.asarray(history.running_loss, np.float64), np.asarray(history.train.loss, np.float64)
-        loss, accuracy = (np.asarray(leaf, np.float64) for leaf in history.validation)
-        runs, epochs = running.shape
-        for name, epoch in (("last", np.full(runs, epochs)), ("best", _summary(title, history).best_epoch)):
-            spread = f"{epoch.min()}" if epoch.min() == epoch.max() else f"{epoch.min()}-{epoch.max()}"
-            at = (np.arange(runs), epoch - 1)
-            figures = [mean_and_sd(leaf[at]) for leaf in (running, training, loss, accuracy)]
-            rows.append((title, f"{name}: {spread}", *figures))
+        history = _checks.history(f"arms[{title!r}]", history, "seeds", "epochs")
+        seeds, epochs = history.running_loss.shape
+        curves = (history.running_loss, history.train.loss, *history.validation)
+        for name, epoch in (("last", np.full(seeds, epochs)), ("best", summarize(history).best_epoch)):
+            span = "-".join(map(str, sorted({int(epoch.min()), int(epoch.max())})))
+            figures = [mean_and_std(curve[np.arange(seeds), epoch - 1]) for curve in curves]
+            rows.append([title, f"{name}: {span}", *figures])
     return markdown(rows)
 
 
-def verdicts(judged: Sequence[Verdict]) -> str:
-    """Lay out verdicts as a Markdown table: claim, answer, and the number with its 95% interval.
+def verdicts(judged: Iterable[Verdict]) -> str:
+    """Return a Markdown table of verdicts: claim, answer, and the measured mean with its 95% interval.
 
-    >>> from fashion_jax.evidence import Interval
-    >>> print(verdicts([Verdict("it helps", "undecided", "loss", Interval(0.1, -0.1, 0.3, 0.5, 2), "weak: 2 seeds")]))
-    | claim    | answer                    | measured (mean, 95% interval)    |
-    |----------|---------------------------|----------------------------------|
-    | it helps | undecided (weak: 2 seeds) | loss: +0.1000 [-0.1000, +0.3000] |
+    >>> from fashion_jax.evidence import compare
+    >>> print(verdicts([compare("it helps", np.array([0.9]), np.array([0.8]), quantity="accuracy")]))
+    | claim    | answer                               | measured (mean, 95% interval)             |
+    |----------|--------------------------------------|-------------------------------------------|
+    | it helps | undecided (one seed decides nothing) | accuracy: +0.1000 (one seed, no interval) |
     """
-    rows: list[tuple[str, ...]] = [("claim", "answer", "measured (mean, 95% interval)")]
-    for verdict in judged:
-        answer = verdict.answer + (f" ({verdict.note})" if verdict.note else "")
-        rows.append((verdict.claim, answer, f"{verdict.quantity}: {verdict.interval}"))
+    rows = [("claim", "answer", "measured (mean, 95% interval)")]
+    for claim, answer, quantity, measured, note in judged:
+        rows.append((claim, f"{answer} ({note})" if note else answer, f"{quantity}: {measured}"))
     return markdown(rows)
-
-
-def verdicts_as_json(judged: Sequence[Verdict]) -> list[dict[str, Any]]:
-    """Give verdicts as plain JSON values; a bound that does not exist is null.
-
-    >>> from fashion_jax.evidence import Interval
-    >>> nan = float("nan")
-    >>> verdicts_as_json([Verdict("it helps", "undecided", "loss", Interval(0.1, nan, nan, nan, 1), "")])[0]["interval"]
-    {'mean': 0.1, 'low': None, 'high': None, 'effect_size': None, 'n': 1}
-    """
-    return [
-        verdict._asdict()
-        | {
-            "interval": {
-                name: value if np.isfinite(value) else None for name, value in verdict.interval._asdict().items()
-            }
-        }
-        for verdict in judged
-    ]
 
 
 def read_curves(path: str | os.PathLike[str]) -> dict[float, History]:
-    """Read reference curves: one row a run, dropout rate and epoch.
+    """Read reference curves, such as those of PyTorch runs: one row a run, dropout rate and epoch.
 
     Args:
         path: A CSV file with the columns run, dropout_rate, epoch, running_train_loss, test_loss, test_accuracy.
 
     Returns:
-        For each rate a History with leaves [runs, epochs]; the fair training curve, which nobody measured, is NaN.
+        A history for each rate, leaves [runs, epochs], runs by name; its training metrics (eval mode) are NaN.
 
     Raises:
-        OSError: The file cannot be read.
-        ValueError: A column is missing, a cell is no number, or a run does not have each epoch from 1 to the last once.
+        ValueError: A column is missing, a cell is no number, or a run lacks an epoch or has one twice.
 
-    >>> import tempfile
-    >>> path = Path(tempfile.mkdtemp()) / "curves.csv"
-    >>> columns = "run,dropout_rate,epoch,running_train_loss,test_loss,test_accuracy"
-    >>> _ = path.write_text(columns + "\\na,0.2,1,0.6,0.5,0.8\\na,0.2,2,0.5,0.4,0.9\\n")
-    >>> read_curves(path)[0.2].running_loss.tolist()
-    [[0.6, 0.5]]
+    >>> curves = read_curves("tests/reference/pytorch_curves.csv")
+    >>> curves[0.2].validation.loss.shape
+    (3, 30)
     """
-    # Spreadsheets put a mark in front.
-    with Path(path).open(newline="", encoding="utf-8-sig") as file:
-        try:
-            rows = list(csv.DictReader(file))
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise ValueError(f"{path}: not a CSV file ({error})") from error
-    columns = ("running_train_loss", "test_loss", "test_accuracy")
-    missing = {"run", "dropout_rate", "epoch", *columns} - set(rows[0] if rows else ())
-    if missing:
-        raise ValueError(f"{path} lacks the columns {', '.join(sorted(missing))}")
-    for line, row in enumerate(rows, start=2):
-        for column in ("dropout_rate", "epoch", *columns):
-            try:
-                number = float(row[column])
-            except (TypeError, ValueError):
-                raise ValueError(f"{path}, line {line}: {column} must be a number, got {row[column]!r}") from None
-            # Figures may be: those of a run that was stopped are NaN.
-            if column not in columns and not np.isfinite(number):
-                raise ValueError(f"{path}, line {line}: {column} must be finite, got {row[column]!r}")
-    arms: dict[float, History] = {}
-    for rate in sorted({float(row["dropout_rate"]) for row in rows}):
-        here = [row for row in rows if float(row["dropout_rate"]) == rate]
-        runs = [[row for row in here if row["run"] == run] for run in dict.fromkeys(row["run"] for row in here)]
-        last = max(map(len, runs))
-        for run in runs:
-            run.sort(key=lambda row: float(row["epoch"]))
-            epochs = [float(row["epoch"]) for row in run]
-            if epochs != list(range(1, last + 1)):
-                raise ValueError(
-                    f"{path}: a run must have each epoch from 1 to {last} once; run {run[0]['run']} at dropout rate "
-                    f"{rate:g} has {', '.join(f'{epoch:g}' for epoch in epochs)}"
-                )
-        running, loss, accuracy = (
-            np.array([[float(row[column]) for row in run] for run in runs]) for column in columns
-        )
-        unknown = np.full_like(running, np.nan)
-        arms[rate] = History(running, Metrics(unknown, unknown), Metrics(loss, accuracy))
+    names = ("dropout_rate", "epoch", "running_train_loss", "test_loss", "test_accuracy")
+    try:
+        # Spreadsheets begin a file with a byte order mark.
+        with _checks.path("path", path).open(newline="", encoding="utf-8-sig") as file:
+            heading, *rows = filter(None, csv.reader(file))
+        columns = dict(zip(heading, zip(*rows, strict=True), strict=True))
+        rate, epoch, *curves = (np.array(columns[name], np.float64) for name in names)
+        run = np.array(columns["run"])
+    except (csv.Error, KeyError, ValueError) as error:
+        raise ValueError(f"{path} must have the columns run, {', '.join(names)}, with numbers: {error!r}") from error
+    arms, order = {}, np.lexsort((epoch, run, rate))
+    for arm in np.unique(rate).tolist():
+        here = order[rate[order] == arm]
+        runs = len(np.unique(run[here]))
+        last = -(-len(here) // runs)
+        if epoch[here].tolist() != runs * list(range(1, last + 1)):
+            raise ValueError(f"{path}: each of the {runs} runs at rate {arm:g} must have epochs 1 to {last}, once")
+        running, loss, accuracy = (curve[here].reshape(runs, last) for curve in curves)
+        arms[arm] = History(running, Metrics(*np.full((2, runs, last), np.nan)), Metrics(loss, accuracy))
     return arms
 
 
-def mean_and_sd(values: Sequence[float] | np.ndarray) -> str:
-    """Format figures of several runs as mean +- standard deviation, of one run as it is.
+def mean_and_std(values: Sequence[float] | Float[Array | np.ndarray, " runs"]) -> str:
+    """Format numbers of several runs as mean ± standard deviation, and of one run as the number.
 
-    >>> mean_and_sd([0.25, 0.75])
+    >>> mean_and_std([0.25, 0.75])
     '0.5000 ± 0.3536'
     """
     values = np.asarray(values, np.float64)
-    if values.ndim != 1 or not len(values):
-        raise ValueError(f"values must have shape [runs] with at least one run, got {list(values.shape)}")
     return f"{values.mean():.4f}" + (f" ± {values.std(ddof=1):.4f}" if len(values) > 1 else "")
 
 
-def number_of_seeds(count: int) -> str:
-    """Say how many seeds there are, and whether they are too few to decide much.
+def markdown(rows: Iterable[Sequence[Any]]) -> str:
+    """Return rows of cells, the first of them the heading, as an aligned Markdown table.
 
-    >>> [number_of_seeds(count) for count in (1, 2, 8)]
-    ['1 seed, which decides nothing', '2 seeds, which are few', '8 seeds']
+    >>> print(markdown([("a", "b"), (1, "2|2")]))
+    | a | b    |
+    |---|------|
+    | 1 | 2\\|2 |
     """
-    if count == 1:
-        return "1 seed, which decides nothing"
-    return f"{count} seeds" + (", which are few" if count < FEW_SEEDS else "")
-
-
-def markdown(rows: list[tuple[str, ...]]) -> str:
-    """Lay out rows of text, the first of them the heading, as an aligned Markdown table.
-
-    >>> print(markdown([("a", "b"), ("1", "22")]))
-    | a | b  |
-    |---|----|
-    | 1 | 22 |
-    """
-    if len({len(row) for row in rows}) != 1:
-        raise ValueError(f"rows must be of one length, the first of them the heading; got {[len(row) for row in rows]}")
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
-    ]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    cells = [[" ".join(str(cell).replace("|", "\\|").split()) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in cells]
+    lines.insert(1, "|-" + "-|-".join("-" * width for width in widths) + "-|")
     return "\n".join(lines)
 
 
-def _check_arms(arms: Mapping[str, History], axes: tuple[str, ...] | None = None) -> None:
-    if not isinstance(arms, Mapping):
-        raise TypeError(f"arms must map titles to Histories, got {type(arms).__name__}")
-    if not arms:
-        raise ValueError("arms must hold at least one History, got none")
-    for title, history in arms.items():
-        check_history(history, f"arms[{title!r}]", axes=axes)
+def _plain(value: Any) -> Any:
+    if hasattr(value, "_asdict"):
+        value = value._asdict()
+    # A dataclass that can be called is a Flax module, which becomes its text.
+    if dataclasses.is_dataclass(value) and not callable(value):
+        value = {name: entry for name, entry in vars(value).items() if name not in PLACES}
+    if isinstance(value, Mapping):
+        return {str(name): _plain(entry) for name, entry in value.items()}
+    if isinstance(value, (np.ndarray, np.generic, jax.Array)):
+        value = value.tolist()
+    if isinstance(value, (list, tuple, range)):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, (str, int)):
+        return value
+    # Addresses in memory differ each time.
+    return re.sub(r" at 0x\w+", "", " ".join(str(value).split()))
 
 
-def _summary(title: str, history: History) -> Summary:
-    try:
-        return summarise(history)
-    except ValueError as error:
-        raise ValueError(f"arms[{title!r}]: {error}") from error
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+def _processor() -> dict[str, str]:
+    """Return the processor's name, and its model: vendors give one name to several models."""
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text() if cpuinfo.exists() else ""
+    found = dict(re.findall(r"^(model name|cpu family|model|stepping)\s*: (.*)$", text, re.MULTILINE))
+    name = found.pop("model name", platform.processor() or platform.machine())
+    return {"processor": name, "processor_model": ", ".join(map(" ".join, found.items()))}

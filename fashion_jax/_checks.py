@@ -1,0 +1,309 @@
+"""Checks of arguments, called once where users come in; everything behind trusts its input.
+
+Each takes the argument's name and value, returns the value in the form that the package works with, and otherwise
+raises an error that names the argument, what was found and what to do.
+"""
+
+import functools
+import math
+import numbers
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from fashion_jax.types import Batch, History, Metrics
+
+
+def integer(name: str, value: Any, least: int) -> int:
+    """Return a whole number of at least `least`, as Python's own.
+
+    >>> integer("epochs", np.int64(3), 1)
+    3
+    """
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+    return int(value)
+
+
+def number(name: str, value: Any) -> float:
+    """Return a finite number, as Python's own.
+
+    >>> number("learning_rate", "fast")
+    Traceback (most recent call last):
+    TypeError: learning_rate must be a number, got 'fast'
+    """
+    scalar = isinstance(value, numbers.Real) or getattr(value, "shape", None) == ()
+    if not scalar or isinstance(value, bool) or getattr(value, "dtype", np.dtype(float)).kind not in "fiuV":
+        hint = "; a schedule belongs into the optimizer factory, see TrainConfig" if callable(value) else ""
+        raise TypeError(f"{name} must be a number, got {value!r}{hint}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+    return float(value)
+
+
+def rate(name: str, value: Any) -> Any:
+    """Return a dropout rate in [0, 1), as Python's own number; a traced one passes, its value is not known yet.
+
+    >>> rate("dropout_rate", 1.0)
+    Traceback (most recent call last):
+    ValueError: dropout_rate must lie in [0, 1), got 1.0
+    """
+    if isinstance(value, Tracer):
+        return value
+    value = number(name, value)
+    # Programs compute in float32, in which 1 - 1e-9 is 1.
+    if not 0 <= value < 1 or np.float32(value) == 1:
+        raise ValueError(f"{name} must lie in [0, 1), got {value}")
+    return value
+
+
+def axis(name: str, values: list[Any]) -> tuple[Any, ...]:
+    """Return the values of a sweep's axis, at least one and no two alike.
+
+    >>> axis("dropout_rate", [0.3, 0.1 + 0.2])
+    Traceback (most recent call last):
+    ValueError: dropout_rate must hold at least one value, and none twice, got [0.3, 0.30000000000000004]
+    """
+    if not values or len(set(as_computed(values))) < len(values):
+        raise ValueError(f"{name} must hold at least one value, and none twice, got {values}")
+    return tuple(values)
+
+
+def as_computed(values: Any) -> Any:
+    """Return numbers as programs compute with them, as text: in float32, 0.3 and 0.1 + 0.2 are the same.
+
+    >>> as_computed([0.1 + 0.2, np.float32(0.3)])
+    ['0.3', '0.3']
+    """
+    found = np.asarray(values)
+    return (found.astype(jnp.result_type(float)) if found.dtype.kind == "f" else found).astype(str).tolist()
+
+
+def key(value: Any) -> jax.Array:
+    """Return one typed key.
+
+    >>> key(0)
+    Traceback (most recent call last):
+    TypeError: key must be one typed key, from jax.random.key(seed); got 0
+    """
+    if not (isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key) and value.shape == ()):
+        raise TypeError(f"key must be one typed key, from jax.random.key(seed); got {value!r}")
+    return value
+
+
+def batch(name: str, value: Any, *, classes: int | None = None) -> Batch:
+    """Return a data set as NumPy arrays: images uint8, labels int32.
+
+    Args:
+        name: Name of the argument.
+        value: Images [n, height, width, ...] and labels [n].
+        classes: Number of classes; labels must lie below it.
+
+    >>> batch("train", Batch(np.ones((1, 28, 28), np.uint8), np.array([10])), classes=10)
+    Traceback (most recent call last):
+    ValueError: train.labels must lie in 0..9, got 10..10
+    """
+    if not isinstance(value, tuple) or len(value) != 2:
+        raise TypeError(f"{name} must be a Batch(images, labels), got {type(value).__name__}")
+    images = pixels(f"{name}.images", value[0])
+    labels = array(f"{name}.labels", value[1])
+    if labels.dtype.kind not in "iu":
+        raise TypeError(f"{name}.labels must be integers, got {labels.dtype}")
+    if images.ndim < 3 or labels.shape != images.shape[:1]:
+        raise ValueError(
+            f"{name} must hold images [n, height, width] and labels [n], got {list(images.shape)} and "
+            f"{list(labels.shape)}"
+        )
+    if not len(labels):
+        raise ValueError(f"{name} must hold at least one example, got none")
+    low, high = int(labels.min()), int(labels.max())
+    limit = 2**31 if classes is None else classes
+    if low < 0 or high >= limit:
+        raise ValueError(f"{name}.labels must lie in 0..{limit - 1}, got {low}..{high}")
+    return Batch(images, labels.astype(np.int32))
+
+
+def pixels(name: str, value: Any) -> np.ndarray:
+    """Return images as a NumPy array of uint8.
+
+    >>> pixels("images", np.array([[0.0, 0.5]]))  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    TypeError: images must be uint8 pixels from 0 to 255, got float64 from 0 to 0.5; pass the raw pixels, ...
+    """
+    images = array(name, value)
+    if images.dtype == np.uint8:
+        return images
+    found = str(images.dtype)
+    if images.size and images.dtype.kind in "iuf":
+        found += f" from {images.min():g} to {images.max():g}"
+    raise TypeError(
+        f"{name} must be uint8 pixels from 0 to 255, got {found}; pass the raw pixels, with .astype(np.uint8) if they "
+        "are: the model normalizes them"
+    )
+
+
+def array(name: str, value: Any) -> np.ndarray:
+    """Return an array of NumPy or JAX as a plain NumPy array.
+
+    >>> array("labels", [1, 2])
+    Traceback (most recent call last):
+    TypeError: labels must be a NumPy or JAX array, got list; np.asarray converts it
+    """
+    if isinstance(value, Tracer):
+        raise TypeError(f"{name} is traced by jax.jit or jax.vmap; call this outside, and use sweep for many runs")
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"{name} is a masked array; drop or fill the masked entries first, as its .filled() does")
+    if not isinstance(value, (np.ndarray, jax.Array)):
+        hint = ".numpy() converts it" if type(value).__module__ == "torch" else "np.asarray converts it"
+        raise TypeError(f"{name} must be a NumPy or JAX array, got {type(value).__name__}; {hint}")
+    return np.asarray(value)
+
+
+def history(name: str, value: Any, *axes: str, must_be_finite: bool = True) -> History:
+    """Return a history with leaves of float64 and at least one epoch.
+
+    Args:
+        name: Name of the argument.
+        value: Metrics after each epoch.
+        *axes: Names of its axes, such as "seeds", "epochs"; any number in front of the epochs if left out.
+        must_be_finite: False admits a run that diverged.
+
+    >>> curve = np.ones(3)
+    >>> arm = History(curve, Metrics(curve, curve), Metrics(curve, curve))
+    >>> history("plain", arm, "seeds", "epochs")
+    Traceback (most recent call last):
+    ValueError: plain must have leaves [seeds, epochs] of one shape, got [[3]]
+    """
+    if not isinstance(value, History):
+        hint = "; pass its .history" if hasattr(value, "history") else ""
+        raise TypeError(f"{name} must be a History, got {type(value).__name__}{hint}")
+    running, *others = (np.asarray(leaf, np.float64) for leaf in value.curves().values())
+    shapes = {leaf.shape for leaf in (running, *others)}
+    if len(shapes) > 1 or not running.size or not running.ndim or (axes and running.ndim != len(axes)):
+        expected = ", ".join(axes or ("...", "epochs"))
+        raise ValueError(f"{name} must have leaves [{expected}] of one shape, got {sorted(map(list, shapes))}")
+    if must_be_finite:
+        finite(name, np.concatenate([running, *others], axis=-1))
+    return History(running, Metrics(*others[:2]), Metrics(*others[2:]))
+
+
+def finite(name: str, runs: np.ndarray) -> None:
+    """Raise ValueError if a number in [*runs, n] is not finite.
+
+    >>> finite("plain", np.array([[0.4, 0.3], [0.4, np.nan]]))
+    Traceback (most recent call last):
+    ValueError: plain holds numbers that are not finite, in runs [[1]]; leave these out, in every arm
+    """
+    bad = np.argwhere(~np.isfinite(runs).all(axis=-1))
+    if len(bad):
+        where = f", in runs {bad.tolist()}; leave these out, in every arm" if bad.size else ""
+        raise ValueError(f"{name} holds numbers that are not finite{where}")
+
+
+def params(found: Any, expected: Mapping[str, Any]) -> int:
+    """Return the number of lane axes of parameters; raise ValueError where they do not fit the model.
+
+    Args:
+        found: Parameters, whose leaves may have lane axes in front.
+        expected: Parameters of the model, or their shapes.
+
+    >>> params({"fc1": {"bias": np.zeros((2, 9))}}, {"fc1": {"bias": np.zeros(10)}})
+    Traceback (most recent call last):
+    ValueError: params do not fit the model: fc1.bias must have shape [10], got [2, 9]
+    """
+    here, there = _shapes(found), _shapes(expected)
+    lanes = {shape[: len(shape) - len(there[name])] for name, shape in here.items() if name in there}
+    front = min(lanes, key=len, default=())
+    wrong = [f"{name} is missing" for name in there.keys() - here.keys()]
+    wrong += [f"{name} is not part of the model" for name in here.keys() - there.keys()]
+    wrong += [
+        f"{name} must have shape {list(shape)}, got {list(here[name])}"
+        for name, shape in there.items()
+        if name in here and here[name] != front + shape
+    ]
+    if wrong:
+        raise ValueError(f"params do not fit the model: {'; '.join(sorted(wrong))}")
+    return len(front)
+
+
+def experiment(
+    config: Any, params: Any, train: Batch, validation: Batch, lanes: Sequence[tuple[Any, Mapping[str, float]]]
+) -> None:
+    """Raise an error, before anything compiles, where model, loss, hyperparameters and data do not fit together.
+
+    Args:
+        config: A TrainConfig.
+        params: Shapes of the model's parameters.
+        train: Training examples.
+        validation: Validation examples.
+        lanes: Key and hyperparameters of each run; the model is tried with every value of each.
+    """
+    images, labels = train.images[:1], train.labels[:1]
+    if validation.images.shape[1:] != images.shape[1:]:
+        raise ValueError(
+            f"validation.images must have the shape of train.images, [n, {', '.join(map(str, images.shape[1:]))}], got "
+            f"{list(validation.images.shape)}"
+        )
+    key, first = lanes[0]
+    tried = {name: value for name, value in first.items() if hasattr(config.model, name)}
+    variants = {(name, lane[name]): tried | {name: lane[name]} for _, lane in lanes for name in tried} or {0: tried}
+    output: Any = None
+    for fields in variants.values():
+        model = config.model.clone(**fields)
+        apply = functools.partial(model.apply, deterministic=False, rngs={"dropout": key})
+        output = jax.eval_shape(apply, {"params": params}, images)
+    if output.ndim != 2 or len(output) != 1:
+        raise ValueError(f"the model must return log-probabilities [n, classes], got {['n', *output.shape[1:]]}")
+    for name, data in (("train", train), ("validation", validation)):
+        batch(name, data, classes=output.shape[1])
+    losses = jax.eval_shape(config.loss, output, labels)
+    if losses.shape != (1,):
+        raise ValueError(f"loss must return one number an example, [n], got {list(losses.shape)} for n = 1")
+
+
+def log_probabilities(model: Any, params: Any, images: Any) -> None:
+    """Raise ValueError unless the model's outputs are log-probabilities: logits would train without a word.
+
+    Args:
+        model: A Linen module.
+        params: Its parameters.
+        images: At least one image.
+    """
+    log_probs = jax.jit(functools.partial(model.apply, deterministic=True))({"params": params}, images)
+    total = float(jnp.exp(log_probs[0].astype(jnp.float32)).sum())
+    # In bfloat16 the sum is off by some hundredths.
+    if not abs(total - 1) < 0.1:
+        raise ValueError(
+            f"the model must return log-probabilities, but their exponentials sum to {total:.4g}; end it with "
+            "jax.nn.log_softmax"
+        )
+
+
+def path(name: str, value: Any) -> Path:
+    """Return a local path with ~ expanded.
+
+    >>> path("checkpoint", "gs://bucket/run")
+    Traceback (most recent call last):
+    ValueError: checkpoint must be a local path, got 'gs://bucket/run'
+    """
+    if not isinstance(value, (str, os.PathLike)):
+        raise TypeError(f"{name} must be a path, got {value!r}")
+    if "://" in str(value):
+        raise ValueError(f"{name} must be a local path, got {str(value)!r}")
+    try:
+        return Path(value).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{name} is {str(value)!r}, and there is no home directory: {error}") from None
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): np.shape(leaf) for path, leaf in leaves}

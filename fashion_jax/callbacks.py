@@ -1,0 +1,150 @@
+"""Callbacks for `fit` and `sweep`: progress on the screen, epochs as JSON lines, early stopping.
+
+A callback is any function of an `EpochEnd`; the run ends after an epoch for which one returns True.
+
+>>> import tempfile, jax
+>>> from fashion_jax import Batch, fit
+>>> data, path = Batch(np.zeros((100, 28, 28), np.uint8), np.arange(100) % 10), tempfile.mkdtemp() + "/log.jsonl"
+>>> callbacks = [Progress(sys.stdout), JsonLines(path, seed=7), EarlyStopping(patience=1)]
+>>> run = fit(data, data, key=jax.random.key(7), learning_rate=0.0, callbacks=callbacks)  # doctest: +ELLIPSIS
+epoch 1/30: training loss 2.3..., validation loss 2.3..., accuracy 0.1000
+epoch 2/30: training loss 2.3..., validation loss 2.3..., accuracy 0.1000
+>>> read_json_lines(path)[1]["validation_loss"] == run.history.validation.loss[1]
+np.True_
+"""
+
+import contextlib
+import itertools
+import json
+import os
+import sys
+from typing import Any
+
+import numpy as np
+
+from fashion_jax import _checks
+from fashion_jax.types import EpochEnd
+
+FEW = 4  # Settings of a sweep whose figures fit into one line.
+
+
+class Progress:
+    """Show each epoch: a bar on a terminal and in a notebook, one plain line an epoch elsewhere.
+
+    A sweep's figures are means over seeds for each combination of its other axes; of more than four combinations, the
+    lowest and the highest mean. Runs that diverged are left out. One object may serve several runs.
+
+    Args:
+        file: An open text file, by default standard error. A run goes on if nobody reads it any more.
+    """
+
+    def __init__(self, file: Any = None):
+        self._file, self._bar, self._last = file, None, 0
+
+    def __call__(self, end: EpochEnd) -> None:
+        """Show one epoch."""
+        # A closed file raises ValueError, and standard error may be None.
+        with contextlib.suppress(OSError, ValueError):
+            if file := self._file or sys.stderr:
+                self._show(end, file)
+
+    def _show(self, end: EpochEnd, file: Any) -> None:
+        from tqdm.auto import tqdm
+
+        if end.epoch == 1 or end.epoch != self._last + 1:
+            self._bar = None
+        self._last, where = end.epoch, {"total": end.epochs, "initial": end.epoch, "file": file}
+        training, loss, accuracy = (_means(end, curve) for curve in (end.history.train.loss, *end.history.validation))
+        figures = f"validation loss {loss}, accuracy {accuracy}"
+        if not (file.isatty() or "ipykernel" in sys.modules):
+            epoch = ", ".join(filter(None, (f"epoch {end.epoch}/{end.epochs}", _settings(end))))
+            print(f"{epoch}: training loss {training}, {figures}", file=file, flush=True)
+        elif self._bar is None:
+            # The first epoch, which compiles, would spoil the estimate of the time left.
+            self._bar = tqdm(desc=_settings(end), unit="epoch", postfix=figures, **where)
+        else:
+            self._bar.set_postfix_str(figures, refresh=False)
+            self._bar.update()
+        if self._bar and end.epoch == end.epochs:
+            self._bar.close()
+
+
+class JsonLines:
+    """Append each epoch to a file, one JSON object a run: hyperparameters, seed, epoch and metrics; NaN becomes null.
+
+    Lines are never changed: a run that was killed and resumes may repeat an epoch, see `read_json_lines`.
+
+    Args:
+        path: The file; it and missing parent directories are made.
+        **entries: What else tells runs apart, such as the seed of a `fit` or the size of its training set.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], **entries: Any):
+        self._path, self._entries = _checks.path("path", path), json.loads(json.dumps(entries))
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._path.open("ab").close()
+
+    def __call__(self, end: EpochEnd) -> None:
+        """Append the lines of one epoch."""
+        rows = [self._entries | {k: None if v != v else v for k, v in row.items()} for row in end.rows()]
+        content = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        ends_in_half_a_line = self._path.read_bytes()[-1:] not in (b"", b"\n")
+        with self._path.open("ab") as file:
+            file.write(b"\n" + content if ends_in_half_a_line else content)
+
+
+def read_json_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Read a file of `JsonLines`: one dictionary a run and epoch, for example for `pandas.DataFrame`.
+
+    Of lines with the same entries up to the epoch the last one counts; half a line of a killed process is skipped.
+    """
+    rows: dict[str, dict[str, Any]] = {}
+    for line in _checks.path("path", path).read_bytes().splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            row = json.loads(line)
+            names = list(row)
+            rows[json.dumps({name: row[name] for name in names[: names.index("epoch") + 1]})] = row
+    return list(rows.values())
+
+
+class EarlyStopping:
+    """End a run whose validation loss has not improved for some epochs; `run.best` holds its best parameters.
+
+    A sweep ends when none of its runs has improved for as long. A resumed run does not remember earlier epochs.
+
+    Args:
+        patience: Epochs without improvement after which the run ends.
+        min_delta: How much lower a loss has to be to count as an improvement, in nats.
+    """
+
+    def __init__(self, patience: int = 5, min_delta: float = 0.0):
+        self._patience = _checks.integer("patience", patience, 1)
+        self._min_delta = _checks.number("min_delta", min_delta)
+        self._best, self._improved, self._last = np.array(np.inf), 0, 0
+
+    def __call__(self, end: EpochEnd) -> bool:
+        """Return whether the run should end."""
+        if end.epoch == 1 or end.epoch != self._last + 1:
+            self._best = np.array(np.inf)
+        self._last, loss = end.epoch, end.history.validation.loss
+        better = loss < self._best - self._min_delta
+        if np.any(better):
+            self._best, self._improved = np.where(better, loss, self._best), end.epoch
+        return end.epoch - self._improved >= self._patience
+
+
+def _settings(end: EpochEnd) -> str:
+    axes = {name: values for name, values in end.axes.items() if name != "seed"}
+    settings = ["/".join(map("{:g}".format, values)) for values in itertools.product(*axes.values())]
+    return f"{'/'.join(axes)} {' | '.join(settings)}".strip() if len(settings) <= FEW else f"{len(settings)} settings"
+
+
+def _means(end: EpochEnd, curve: Any) -> str:
+    runs = np.reshape(curve, (-1, len(end.axes.get("seed", [None]))))
+    means = np.ma.masked_invalid(runs).mean(axis=1).filled(np.nan)
+    if len(means) > FEW:
+        return f"{np.nanmin(means):.4f} to {np.nanmax(means):.4f}"
+    return " | ".join(f"{mean:.4f}" for mean in means)

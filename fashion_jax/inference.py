@@ -1,0 +1,152 @@
+"""Class probabilities from a trained network, dropout off or on; any number of images runs one compiled program."""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float64, Key, UInt8
+from scipy.special import entr
+
+from fashion_jax import _checks
+from fashion_jax.config import TrainConfig
+from fashion_jax.steps import param_shapes
+from fashion_jax.types import Params
+
+# On two cores, one image takes 1 ms and 10,000 take 57 ms; in chunks of 32 0.4 and 73 ms, in chunks of 1,024 6 and 54.
+CHUNK = 128
+SAMPLES_AT_ONCE = 16
+
+Images = UInt8[Array | np.ndarray, "n height width *channels"]
+
+
+class MCPrediction(NamedTuple):
+    """Predictions for n images, from many thinned networks.
+
+    Attributes:
+        probabilities: Mean over the samples.
+        std: Standard deviation over the samples.
+        entropy: Entropy of the mean probabilities, in nats: the total uncertainty.
+        mutual_information: Mutual information of class and thinned network, in nats: the part of the entropy that comes
+            from disagreement between the samples, at least 0.
+    """
+
+    probabilities: Float64[np.ndarray, "*lanes n classes"]
+    std: Float64[np.ndarray, "*lanes n classes"]
+    entropy: Float64[np.ndarray, "*lanes n"]
+    mutual_information: Float64[np.ndarray, "*lanes n"]
+
+
+def predict(params: Params, images: Images, *, config: TrainConfig = TrainConfig()) -> Float[np.ndarray, "*lanes n c"]:
+    """Compute class probabilities, dropout off.
+
+    Args:
+        params: The model's parameters; lane axes in front, such as those of a `Sweep`, stay in front in the result.
+        images: Raw pixels, 0 (background) to 255; n may be 0.
+        config: The model.
+
+    Raises:
+        TypeError: The images are not uint8.
+        ValueError: The parameters do not fit the model.
+
+    >>> from fashion_jax.steps import init_state
+    >>> predict(init_state(jax.random.key(0)).params, np.zeros((3, 28, 28), np.uint8)).shape
+    (3, 10)
+    """
+    params, images, lanes = _check(params, images, config)
+    parts = [_log_probs(params, chunk, model=config.model, lanes=lanes) for chunk in _chunks(images)]
+    log_probs = np.concatenate(jax.device_get(parts), axis=-2, dtype=jnp.result_type(float))
+    return np.exp(log_probs[..., : len(images), :])
+
+
+def predict_mc(
+    params: Params,
+    images: Images,
+    *,
+    key: Key[Array, ""],
+    samples: int,
+    config: TrainConfig = TrainConfig(),
+    **hyperparameters: float,
+) -> MCPrediction:
+    """Predict with dropout on, by many thinned networks that each see all images: Monte Carlo dropout.
+
+    Args:
+        params, images, config: As for `predict`.
+        key: Determines the units that each sample drops.
+        samples: Number of thinned networks.
+        **hyperparameters: Fields of the model to replace, such as `dropout_rate=0.2`.
+
+    Raises:
+        TypeError: An argument has the wrong type, or the model has no such field.
+        ValueError: A number is out of range, the parameters do not fit the model, or the model drops nothing.
+
+    Source: Gal and Ghahramani, "Dropout as a Bayesian Approximation", ICML 2016; mutual information as in Houlsby et
+    al., "Bayesian Active Learning for Classification and Preference Learning", arXiv:1112.5745, 2011.
+
+    >>> from fashion_jax.steps import init_state
+    >>> params, images = init_state(jax.random.key(0)).params, np.zeros((3, 28, 28), np.uint8)
+    >>> prediction = predict_mc(params, images, key=jax.random.key(1), samples=20, dropout_rate=0.2)
+    >>> bool((prediction.mutual_information > 0).all())
+    True
+    """
+    key, samples = _checks.key(key), _checks.integer("samples", samples, 1)
+    fields: dict[str, Any] = {name: _checks.number(name, value) for name, value in hyperparameters.items()}
+    config.model.clone(**fields)  # Checks the fields, which the program only sees traced.
+    params, images, lanes = _check(params, images, config)
+    sample = functools.partial(_sample, params, key, fields, model=config.model, lanes=lanes)
+    parts = []
+    for chunk in _chunks(images):
+        drawn = jax.device_get([sample(chunk, first) for first in range(0, samples, SAMPLES_AT_ONCE)])
+        log_probs = np.concatenate(drawn, axis=-3, dtype=np.float64)
+        if not fields and (log_probs == log_probs[..., :1, :, :]).all():
+            raise ValueError(
+                "the model drops nothing; pass the rate that it was trained with, such as dropout_rate=0.2"
+            )
+        of_samples = np.exp(log_probs[..., :samples, :, :])
+        mean, std = of_samples.mean(axis=-3), of_samples.std(axis=-3)
+        entropy, conditional = entr(mean).sum(axis=-1), entr(of_samples).sum(axis=-1).mean(axis=-2)
+        # The mutual information is at least 0 but for rounding.
+        parts.append(MCPrediction(mean, std, entropy, np.maximum(entropy - conditional, 0)))
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves, lanes).take(range(len(images)), lanes), *parts)
+
+
+def _check(params: Any, images: Any, config: TrainConfig) -> tuple[Params, np.ndarray, int]:
+    images = _checks.pixels("images", images)
+    if images.ndim < 3:
+        raise ValueError(f"images must have shape [n, height, width], got {list(images.shape)}")
+    lanes = _checks.params(params, param_shapes(config, images.shape[1:]))
+    return jax.device_put(params), images, lanes
+
+
+def _chunks(images: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield at least one chunk; the last is padded with black images."""
+    for start in range(0, max(len(images), 1), CHUNK):
+        chunk = images[start : start + CHUNK]
+        yield np.pad(chunk, [(0, CHUNK - len(chunk))] + [(0, 0)] * (chunk.ndim - 1))
+
+
+@functools.partial(jax.jit, static_argnames=("model", "lanes"))
+def _log_probs(params, images, *, model: nn.Module, lanes: int):
+    return _over_lanes(lambda params: model.apply({"params": params}, images, deterministic=True), lanes)(params)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "lanes"))
+def _sample(params, key, fields, images, first, *, model: nn.Module, lanes: int):
+    # One image at a time with the sample's key, so that all images pass through the same thinned network.
+    def of_image(params, number, image):
+        rngs = {"dropout": jax.random.fold_in(key, number)}
+        return model.clone(**fields).apply({"params": params}, image[None], deterministic=False, rngs=rngs)[0]
+
+    of_images = jax.vmap(of_image, (None, None, 0))
+    of_samples = jax.vmap(of_images, (None, 0, None))
+    numbers = first + jnp.arange(SAMPLES_AT_ONCE)
+    return _over_lanes(lambda params: of_samples(params, numbers, images), lanes)(params)
+
+
+def _over_lanes(function: Callable[[Params], Any], lanes: int) -> Callable[[Params], Any]:
+    for _ in range(lanes):
+        function = functools.partial(jax.lax.map, function)
+    return function

@@ -1,0 +1,214 @@
+"""The calculus: pure, jitted functions from a state and data to the next state and metrics.
+
+Each is a whole program that a script may call in a loop of its own; `fashion_jax.train` composes the same functions
+into runs. Inputs are trusted here and checked by `fit` and `sweep`.
+"""
+
+import functools
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int, Key
+
+from fashion_jax import _checks
+from fashion_jax.config import TrainConfig, compose, negative_log_likelihood
+from fashion_jax.types import Batch, Metrics, Params, TrainState
+
+Number = float | Float[Array, ""]
+
+
+@functools.partial(jax.jit, static_argnames=("config", "image_shape"))
+def init_state(
+    key: Key[Array, ""],
+    *,
+    config: TrainConfig = TrainConfig(),
+    image_shape: tuple[int, ...] = (28, 28),
+    **hyperparameters: Number,
+) -> TrainState:
+    """Initialize a run's parameters and optimizer state.
+
+    Args:
+        key: The run's key, as for `fit`.
+        config: Model and optimizer; static.
+        image_shape: Shape of one image; static.
+        **hyperparameters: Numbers of the model and the optimizer, traced.
+
+    >>> state = init_state(jax.random.key(0))
+    >>> state.params["fc1"]["kernel"].shape, int(state.step)
+    ((784, 256), 0)
+    """
+    model, optimizer = compose(config, hyperparameters)
+    init_key, _, _ = jax.random.split(key, 3)
+    variables: Any = model.init(init_key, jnp.zeros((1, *image_shape), jnp.uint8), deterministic=True)
+    params = variables["params"]
+    return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def train_epoch(
+    state: TrainState,
+    train: Batch,
+    key: Key[Array, ""],
+    *,
+    config: TrainConfig = TrainConfig(),
+    **hyperparameters: Number,
+) -> tuple[TrainState, Float[Array, " steps"]]:
+    """Train on every example once, in a new random order, as one program.
+
+    Args:
+        state: The state between two epochs; its step determines the epoch's order and masks.
+        train: n training examples.
+        key: The run's key, as for `fit`.
+        config: Static.
+        **hyperparameters: Traced.
+
+    Returns:
+        The state ceil(n / batch_size) steps later, and the loss of each batch.
+
+    >>> train = Batch(jnp.zeros((5, 28, 28), jnp.uint8), jnp.arange(5))
+    >>> state, losses = train_epoch(init_state(jax.random.key(0)), train, jax.random.key(0))
+    >>> int(state.step), losses.shape
+    (1, (1,))
+    """
+    n = len(train.labels)
+    epoch = state.step // -(-n // config.batch_size)
+    order_key, dropout_key = (jax.random.fold_in(key, epoch) for key in jax.random.split(key, 3)[1:])
+    # One sort; jax.random.permutation sorts twice to break ties.
+    indices, weights = _pad(jnp.argsort(jax.random.bits(order_key, (n,))), config.batch_size)
+
+    def step(state, inputs):
+        indices, weights, key = inputs
+        batch = jax.tree.map(lambda leaf: leaf[indices], train)
+        state, metrics = train_step(state, batch, key, config=config, weights=weights, **hyperparameters)
+        return state, metrics.loss
+
+    return jax.lax.scan(step, state, (indices, weights, jax.random.split(dropout_key, len(indices))))
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def train_step(
+    state: TrainState,
+    batch: Batch,
+    key: Key[Array, ""],
+    *,
+    config: TrainConfig = TrainConfig(),
+    weights: Float[Array, " n"] | None = None,
+    **hyperparameters: Number,
+) -> tuple[TrainState, Metrics]:
+    """Take one optimizer step on the mean loss of a batch, dropout on.
+
+    Args:
+        state: The state before the step.
+        batch: n examples.
+        key: The step's key, for dropout and augmentation.
+        config: Model, optimizer, loss and augmentation; static.
+        weights: Weight of each example in the mean, 0 for padding; all 1 by default.
+        **hyperparameters: Numbers of the model and the optimizer, traced: other values compile nothing.
+
+    Returns:
+        The next state, and the batch's training loss and accuracy under the old parameters.
+
+    >>> batch = Batch(jnp.zeros((4, 28, 28), jnp.uint8), jnp.arange(4))
+    >>> state, metrics = train_step(init_state(jax.random.key(0)), batch, jax.random.key(1), dropout_rate=0.2)
+    >>> int(state.step), metrics.loss.shape
+    (1, ())
+    """
+    model, optimizer = compose(config, hyperparameters)
+    images = batch.images if config.augment is None else config.augment(jax.random.fold_in(key, 1), batch.images)
+
+    def loss_fn(params):
+        log_probs: Any = model.apply({"params": params}, images, deterministic=False, rngs={"dropout": key})
+        loss = jnp.average(config.loss(log_probs, batch.labels), weights=weights)
+        return loss, Metrics(loss, jnp.average(log_probs.argmax(axis=1) == batch.labels, weights=weights))
+
+    (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params, value=loss)
+    return TrainState(cast(Params, optax.apply_updates(state.params, updates)), opt_state, state.step + 1), metrics
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def evaluate(params: Params, batch: Batch, *, config: TrainConfig = TrainConfig()) -> Metrics:
+    """Compute loss and accuracy on a data set of any size, dropout off, every example counted once.
+
+    Args:
+        params: The model's parameters; leaves may have lane axes in front, such as those of a `Sweep`.
+        batch: n examples, evaluated `config.eval_batch_size` at a time.
+        config: The model; static.
+
+    Returns:
+        Metrics with the lane axes of `params`.
+
+    Raises:
+        ValueError: The parameters do not fit the model.
+
+    >>> batch = Batch(jnp.zeros((5, 28, 28), jnp.uint8), jnp.arange(5))
+    >>> params = init_state(jax.random.key(0)).params
+    >>> two = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), params)
+    >>> evaluate(two, batch, config=TrainConfig(eval_batch_size=2)).loss.shape
+    (2,)
+    """
+    indices, weights = _pad(jnp.arange(len(batch.labels)), config.eval_batch_size)
+
+    def evaluate_one(params):
+        def chunk(inputs):
+            indices, weights = inputs
+            rows = jax.tree.map(lambda leaf: leaf[indices], batch)
+            metrics = eval_step(params, rows, config=config, weights=weights)
+            return jax.tree.map(lambda mean: mean * weights.sum(), metrics)
+
+        totals = jax.lax.map(chunk, (indices, weights))
+        return jax.tree.map(lambda total: total.sum() / len(batch.labels), totals)
+
+    over_lanes = evaluate_one
+    for _ in range(_checks.params(params, param_shapes(config, batch.images.shape[1:]))):
+        over_lanes = functools.partial(jax.lax.map, over_lanes)
+    return over_lanes(params)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def eval_step(
+    params: Params,
+    batch: Batch,
+    *,
+    config: TrainConfig = TrainConfig(),
+    weights: Float[Array, " n"] | None = None,
+) -> Metrics:
+    """Compute loss and accuracy on one batch, dropout off.
+
+    Args:
+        params: The model's parameters.
+        batch: n examples.
+        config: The model; static.
+        weights: Weight of each example in the mean, 0 for padding; all 1 by default.
+
+    >>> batch = Batch(jnp.zeros((4, 28, 28), jnp.uint8), jnp.arange(4))
+    >>> eval_step(init_state(jax.random.key(0)).params, batch).loss.shape
+    ()
+    """
+    log_probs: Any = config.model.apply({"params": params}, batch.images, deterministic=True)
+    loss = negative_log_likelihood(log_probs, batch.labels)
+    return Metrics(
+        jnp.average(loss, weights=weights), jnp.average(log_probs.argmax(axis=1) == batch.labels, weights=weights)
+    )
+
+
+@functools.lru_cache
+def param_shapes(config: TrainConfig, image_shape: tuple[int, ...]) -> Params:
+    """Return shapes and types of the model's parameters, without computing any.
+
+    >>> param_shapes(TrainConfig(), (28, 28))["fc4"]["bias"].shape
+    (10,)
+    """
+    return jax.eval_shape(
+        functools.partial(init_state, config=config, image_shape=image_shape), jax.random.key(0)
+    ).params
+
+
+def _pad(rows: Int[Array, " n"], size: int) -> tuple[Int[Array, "steps size"], Float[Array, "steps size"]]:
+    """Split rows into batches; padding repeats the last row with weight 0, so that no batch holds made-up images."""
+    size = min(size, len(rows))
+    padding = -len(rows) % size
+    weights = jnp.pad(jnp.ones(len(rows), jnp.result_type(float)), (0, padding))
+    return jnp.pad(rows, (0, padding), "edge").reshape(-1, size), weights.reshape(-1, size)
