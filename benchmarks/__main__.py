@@ -1,17 +1,13 @@
 """Run a set of benchmarks one after the other: ten minutes of them on two cores, or those for an accelerator."""
 
-import contextlib
 import dataclasses
 import os
+import signal
 import subprocess
 import sys
-from pathlib import Path
-from typing import Annotated, Literal
-
-import tyro
+from typing import Literal
 
 from benchmarks import harness
-from fashion_jax.script import INTERRUPTED
 
 # Of each set, the benchmarks and their flags.
 SETS: dict[str, dict[str, tuple[str, ...]]] = {
@@ -27,44 +23,30 @@ SETS: dict[str, dict[str, tuple[str, ...]]] = {
     },
 }
 
-WITHOUT_DATA = ("kernels",)
-
 
 @dataclasses.dataclass(frozen=True)
-class Flags:
-    device: Literal["cpu", "gpu"] = "cpu"
-    """Which set to run, and where."""
-    data_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
-    """Directory with the data set."""
-    output: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
-    """Folder for the records; by default benchmarks/records/<date>-<device>."""
+class Flags(harness.Flags):
+    device: Literal["cpu", "gpu"] = "cpu"  # Which set to run, and where.
 
 
 def main(flags: Flags) -> int:
+    # Unlike a benchmark it has to stop the process that it has started.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     environment = os.environ | ({"JAX_PLATFORMS": "cpu"} if flags.device == "cpu" else {})
-    benchmarks = SETS[flags.device]
-    for number, (name, own) in enumerate(benchmarks.items(), start=1):
-        print(f"{name}, {number} of {len(benchmarks)}", file=sys.stderr, flush=True)
+    places = {"--data-dir": flags.data_dir, "--output": flags.output}
+    shared = [word for flag, place in places.items() if place is not None for word in (flag, str(place))]
+    names = list(SETS[flags.device])
+    for number, name in enumerate(names, start=1):
+        print(f"{name}, {number} of {len(names)}", file=sys.stderr, flush=True)
         # Processes of their own: what one leaves in memory must not disturb the next.
-        command = [sys.executable, "-m", f"benchmarks.{name}", *own]
-        if flags.data_dir is not None and name not in WITHOUT_DATA:
-            command += ["--data-dir", str(flags.data_dir)]
-        if flags.output is not None:
-            command += ["--output", str(flags.output)]
-        with subprocess.Popen(command, env=environment) as process:
-            try:
-                status = process.wait()
-            except KeyboardInterrupt:
-                # A terminal interrupts it too, but it would finish the compiled program that is under way.
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(timeout=1)
-                process.kill()
-                status = INTERRUPTED
+        command = [sys.executable, "-m", f"benchmarks.{name}", *SETS[flags.device][name], *shared]
+        try:
+            status = subprocess.run(command, env=environment, check=False).returncode
+        except KeyboardInterrupt:
+            status = 130
         if status:
-            end = "was stopped" if status == INTERRUPTED else "failed"
-            rest = ", ".join(list(benchmarks)[number:]) or "none"
-            print(f"{name} {end}; not run: {rest} (each by itself: python -m benchmarks.NAME --help)", file=sys.stderr)
-            # One that a signal ended has a negative status.
+            rest = ", ".join(names[number:]) or "none"
+            print(f"{name} failed; not run: {rest} (each by itself: python -m benchmarks.NAME --help)", file=sys.stderr)
             return max(status, 1)
     return 0
 

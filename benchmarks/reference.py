@@ -13,8 +13,7 @@ import torch
 from torch import nn
 from torch.nn.functional import log_softmax, nll_loss, relu
 
-from fashion_jax.data import Batch
-from fashion_jax.train import Params
+from fashion_jax.types import Batch, Params
 
 # Images and labels of a data set, batch by batch.
 Batches = Iterable[tuple[torch.Tensor, torch.Tensor]]
@@ -32,25 +31,25 @@ class TutorialMLP(nn.Module):
         self.dropout: nn.Module = nn.Dropout(dropout_rate)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map standardised images to log-probabilities."""
+        """Map normalized images to log-probabilities."""
         x = x.view(x.shape[0], -1)
         for layer in (self.fc1, self.fc2, self.fc3):
             x = self.dropout(relu(layer(x)))
         return log_softmax(self.fc4(x), dim=1)
 
 
+@torch.no_grad()
 def set_params(model: TutorialMLP, params: Params) -> None:
-    """Give the PyTorch network the weights of a `FashionMLP`."""
-    with torch.no_grad():
-        for name, layer in params.items():
-            linear = cast(nn.Linear, model.get_submodule(name))
-            linear.weight.copy_(torch.tensor(np.asarray(layer["kernel"]).T))
-            linear.bias.copy_(torch.tensor(np.asarray(layer["bias"])))
+    """Copy the parameters of a `FashionMLP` into the PyTorch network."""
+    for name, layer in params.items():
+        linear = cast(nn.Linear, model.get_submodule(name))
+        linear.weight.copy_(torch.tensor(np.asarray(layer["kernel"]).T))
+        linear.bias.copy_(torch.tensor(np.asarray(layer["bias"])))
 
 
-def standardise(images: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def normalize(images: torch.Tensor) -> torch.Tensor:
     """Map pixels to [-1, 1] in the tutorial's two steps."""
-    return (images.to(dtype) / 255 - 0.5) / 0.5
+    return (images.to(torch.float32) / 255 - 0.5) / 0.5
 
 
 class TransformedImages(torch.utils.data.Dataset):
@@ -75,7 +74,7 @@ class TutorialLoop:
         torch.manual_seed(seed)
         self.device = device
         self.model = TutorialMLP(dropout_rate).to(device)
-        self.optimiser = torch.optim.Adam(self.model.parameters(), lr=0.003)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=0.003)
         self.loader = torch.utils.data.DataLoader(TransformedImages(train), batch_size=batch_size, shuffle=True)
 
     def epoch(self) -> float:
@@ -83,51 +82,41 @@ class TutorialLoop:
         self.model.train()
         total = 0.0
         for images, labels in self.loader:
-            self.optimiser.zero_grad()
+            self.optimizer.zero_grad()
             loss = nll_loss(self.model(images.to(self.device)), labels.to(self.device))
             loss.backward()
-            self.optimiser.step()
+            self.optimizer.step()
             total += loss.item()
         return total / len(self.loader)
 
     def prepare(self, batch: Batch) -> Batches:
-        """Make what `evaluate` takes of a data set."""
+        """Make of a data set what `evaluate` takes."""
         return torch.utils.data.DataLoader(TransformedImages(batch), batch_size=self.loader.batch_size)
 
     def evaluate(self, batches: Batches) -> tuple[float, float]:
         """Measure loss and accuracy, batch by batch, as the tutorial does."""
-        there = ((images.to(self.device), labels.to(self.device)) for images, labels in batches)
-        return _evaluate(self.model, there)
+        return _evaluate(self.model, ((images.to(self.device), labels.to(self.device)) for images, labels in batches))
 
 
 class FastLoop:
-    """Tensors in memory, fused Adam, no synchronisation within an epoch; optionally compiled."""
+    """Tensors in memory, fused Adam, no synchronization within an epoch; optionally compiled."""
 
-    # Whether steps are recorded, which the optimiser has to know.
+    # Whether steps are recorded, which the optimizer has to know.
     recorded = False
 
-    def __init__(
-        self,
-        train: Batch,
-        *,
-        dropout_rate: float,
-        batch_size: int = 64,
-        seed: int = 0,
-        device: str = "cpu",
-        compiled: bool = False,
-    ):
+    def __init__(self, train: Batch, *, dropout_rate: float, batch_size=64, seed=0, device="cpu", compiled=False):
         torch.manual_seed(seed)
         self.device, self.batch_size = device, batch_size
         self.images, self.labels = self._in_memory(train)
         self.model = TutorialMLP(dropout_rate).to(device)
-        self.optimiser = torch.optim.Adam(self.model.parameters(), lr=0.003, fused=True, capturable=self.recorded)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=0.003, fused=True, capturable=self.recorded)
         self.loss = torch.compile(self._loss) if compiled else self._loss
 
     def _loss(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return nll_loss(self.model(images), labels)
 
     def _in_memory(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        images = standardise(torch.tensor(np.asarray(batch.images), device=self.device)).view(-1, 784)
+        images = normalize(torch.tensor(np.asarray(batch.images), device=self.device)).view(-1, 784)
         return images, torch.tensor(np.asarray(batch.labels), dtype=torch.int64, device=self.device)
 
     def epoch(self) -> float:
@@ -139,13 +128,13 @@ class FastLoop:
     def step(self, rows: torch.Tensor) -> torch.Tensor:
         """Take a step on these rows of the training set; return the batch's loss."""
         loss = self.loss(self.images[rows], self.labels[rows])
-        self.optimiser.zero_grad()
+        self.optimizer.zero_grad()
         loss.backward()
-        self.optimiser.step()
+        self.optimizer.step()
         return loss.detach()
 
     def prepare(self, batch: Batch) -> Batches:
-        """Make what `evaluate` takes of a data set: chunks of 2,000, where the training data are."""
+        """Make of a data set what `evaluate` takes: chunks of 2,000, where the training data are."""
         images, labels = self._in_memory(batch)
         return list(zip(images.split(2_000), labels.split(2_000), strict=True))
 
@@ -178,7 +167,7 @@ class GraphLoop(FastLoop):
             self.batch_loss = super().step(self.rows)
         # Those steps have trained; a recorded step keeps to the tensors that it was recorded with.
         self.model.load_state_dict(before)
-        for state in self.optimiser.state.values():
+        for state in self.optimizer.state.values():
             for moment in state.values():
                 moment.zero_()
 

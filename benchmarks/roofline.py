@@ -1,37 +1,31 @@
 """How close does `fit` come to what this machine can do, and where does the rest of the time go?"""
 
-import contextlib
 import dataclasses
-import functools
 import itertools
-from pathlib import Path
-from typing import Annotated, Any
-from unittest import mock
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-import tyro
 
 from benchmarks import harness
-from fashion_jax import Batch, TrainConfig, load, model, train
-from fashion_jax.train import evaluate, init_state, train_epoch, train_eval_part, train_step
+from fashion_jax import FashionMLP, TrainConfig, model
+from fashion_jax.train import evaluate, init_state, train_epoch, train_step
 
-WIDTHS = (784, *TrainConfig().hidden, 10)
+WIDTHS = (784, *FashionMLP().hidden, 10)
+WHOLE, PRODUCTS = "training epoch, whole", "all matrix products, alone"
 # XLA hands to this library those products that come in a layout which it knows, and computes the others itself.
 WITHOUT_YNNPACK: dict[str, Any] = {"xla_cpu_experimental_ynn_fusion_type": ""}
+# Dropout with the same "random" numbers everywhere.
+NO_RANDOM_NUMBERS = (model, "uniform", lambda key, shape: jnp.full(shape, 0.5))
 
 
 @dataclasses.dataclass(frozen=True)
-class Flags:
-    batch_size: int = 64
-    """Examples in a step."""
-    repetitions: int = 7
-    """Timed runs of each variant, in turns."""
-    data_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
-    """Directory with the data set."""
-    output: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
-    """Folder for the record; by default benchmarks/records/<date>-<device>."""
+class Flags(harness.TimedFlags):
+    batch_size: int = 64  # Examples in a step.
 
 
 def flop_of_an_epoch(n: int, widths: tuple[int, ...] = WIDTHS) -> list[float]:
@@ -39,157 +33,106 @@ def flop_of_an_epoch(n: int, widths: tuple[int, ...] = WIDTHS) -> list[float]:
     return [2.0 * n * a * b * (2 if layer == 0 else 3) for layer, (a, b) in enumerate(itertools.pairwise(widths))]
 
 
-def gemm_rate(size: int):
-    """Make a program that multiplies two square matrices four times."""
-    a = jnp.ones((size, size))
-    product = jax.jit(lambda a: a @ a @ a @ a @ a)
-    return lambda: product(a).block_until_ready(), 4 * 2.0 * size**3
+# XLA multiplies a constant in another, slower way, so what is multiplied is an argument, as it is in `fit`.
 
 
-def matrix_products(batch_size: int, steps: int):
-    """Make a program of an epoch's matrix products alone, each feeding the next step through the weights."""
-    weights = [jnp.full(shape, 0.01) for shape in itertools.pairwise(WIDTHS)]
-    x = jnp.ones((batch_size, WIDTHS[0]))
-
-    # XLA multiplies a constant in another, slower way, so the batch is an argument as it is in `fit`.
-    @jax.jit
-    def run(weights, x):
-        def step(weights, _):
-            layers = [x]
-            for weight in weights:
-                layers.append(layers[-1] @ weight)
-            delta, gradients = layers.pop(), []
-            for layer, weight in zip(reversed(layers), reversed(weights), strict=True):
-                gradients.insert(0, layer.T @ delta)
-                delta = delta @ weight.T
-            return [weight - 1e-9 * gradient for weight, gradient in zip(weights, gradients, strict=True)], None
-
-        return jax.lax.scan(step, weights, None, length=steps)[0]
-
-    return lambda: jax.block_until_ready(run(weights, x))
+@jax.jit
+def gemms(a):
+    return a @ a @ a @ a @ a
 
 
-def layer_products(shape: tuple[int, int], batch_size: int, steps: int, *, first: bool):
-    """Make a program of one layer's matrix products alone, as many times as an epoch has steps."""
-    weight = jnp.full(shape, 0.01)
-    x, delta = (jnp.ones((batch_size, units)) for units in shape)
+@partial(jax.jit, static_argnames="steps")
+def all_products(weights, x, *, steps: int):
+    """Multiply as an epoch does, each step feeding the next through the weights."""
 
-    def products(weight, x, delta):
+    def step(weights, _):
+        layers = [x]
+        for weight in weights:
+            layers.append(layers[-1] @ weight)
+        delta, gradients = layers.pop(), []
+        for layer, weight in zip(reversed(layers), reversed(weights), strict=True):
+            gradients.insert(0, layer.T @ delta)
+            delta = delta @ weight.T
+        return [weight - 1e-9 * gradient for weight, gradient in zip(weights, gradients, strict=True)], None
+
+    return jax.lax.scan(step, weights, None, length=steps)[0]
+
+
+@partial(jax.jit, static_argnames=("steps", "first"))
+def layer_products(weight, x, delta, *, steps: int, first: bool):
+    """Multiply as one layer does in an epoch."""
+
+    def products(x, delta):
         return [x @ weight, x.T @ delta, *([] if first else [delta @ weight.T])]
 
-    @jax.jit
-    def run(weight, x, delta):
-        def step(carry, _):
-            x, delta, (output, gradient, *_) = carry
-            # Each pass needs the one before, or a compiler would multiply once.
-            x = x.at[0, 0].set(1e-9 * output[0, 0])
-            delta = delta.at[0, 0].set(1e-9 * gradient[0, 0])
-            return (x, delta, products(weight, x, delta)), None
+    def step(carry, _):
+        x, delta, (output, gradient, *_) = carry
+        # Each pass needs the one before, or a compiler would multiply once.
+        x = x.at[0, 0].set(1e-9 * output[0, 0])
+        delta = delta.at[0, 0].set(1e-9 * gradient[0, 0])
+        return (x, delta, products(x, delta)), None
 
-        return jax.lax.scan(step, (x, delta, products(weight, x, delta)), None, length=steps - 1)[0]
-
-    return lambda: jax.block_until_ready(run(weight, x, delta))
+    return jax.lax.scan(step, (x, delta, products(x, delta)), None, length=steps - 1)[0]
 
 
-@contextlib.contextmanager
-def without(part: str):
-    """Leave one part of the training step out while a program is traced."""
-    replaced = {
-        "Adam": lambda: mock.patch.object(train, "build_optimiser", lambda config: optax.sgd(config.learning_rate)),
-        "dropout's random numbers": lambda: mock.patch.object(
-            model, "uniform", lambda key, shape: jnp.full(shape, 0.5)
-        ),
-        "shuffling and gathering": lambda: mock.patch.object(
-            train, "_rows", lambda batch, indices: jax.tree.map(lambda leaf: leaf[: len(indices)], batch)
-        ),
-        "nothing": contextlib.nullcontext,
-    }
-    jax.clear_caches()
-    with replaced[part]():
-        yield
-    jax.clear_caches()
+def one_batch(state, data, key, *, config: TrainConfig, **numbers):
+    """Train for an epoch on the same batch at every step."""
+    batch = jax.tree.map(lambda leaf: leaf[: config.batch_size], data)
+    keys = jax.random.split(key, -(-len(data.labels) // config.batch_size))
+    return jax.lax.scan(lambda state, key: train_step(state, batch, key, config=config, **numbers), state, keys)
 
 
 def main(flags: Flags) -> None:
     # What is compared with the model multiplies as the model does, in float32; a GPU's default is TF32.
     jax.config.update("jax_default_matmul_precision", "highest")
-    config = TrainConfig(batch_size=flags.batch_size)
-    splits = load(flags.data_dir)
-    train_eval = train_eval_part(splits.train, config)
-    data, train_eval, test = jax.tree.map(jnp.array, (splits.train, train_eval, splits.test))
-    n = len(data.labels)
-    steps = -(-n // flags.batch_size)
-    key = jax.random.key(0)
+    train, *parts = jax.device_put(harness.load_data())
+    key, config, n = jax.random.key(0), TrainConfig(batch_size=flags.batch_size), len(train.labels)
+    steps, params = -(-n // flags.batch_size), init_state(key).params
 
-    def epoch(part: str, options: dict[str, Any] | None = None):
-        with without(part):
-            state = init_state(key, config=config)
-            if part == "Adam":
-                state = state._replace(opt_state=optax.sgd(config.learning_rate).init(state.params))
-            # A compilation of its own, in which the part is missing.
-            program = jax.jit(functools.partial(train_epoch, config=config, dropout_rate=0.2))
-            compiled = program.lower(state, data, key).compile(compiler_options=options)
-        return lambda: jax.block_until_ready(compiled(state, data, key))
+    def ready(program: Callable[..., Any], *arguments: Any, **options: Any) -> Callable[[], Any]:
+        return lambda: jax.block_until_ready(program(*arguments, **options))
 
-    state = init_state(key, config=config)
-    layers = {f"those of fc{i}, {a} to {b}, alone": (a, b) for i, (a, b) in enumerate(itertools.pairwise(WIDTHS), 1)}
-    evaluation = jax.jit(lambda params, *parts: [evaluate(params, part, config=config) for part in parts])
+    def epoch(config: TrainConfig = config, program: Callable[..., Any] = train_epoch, **options: Any):
+        arguments, numbers = (init_state(key, config=config), train, key), {"dropout_rate": 0.2, "learning_rate": 0.003}
+        lowered = jax.jit(partial(program, config=config)).lower(*arguments, **numbers)
+        return ready(lowered.compile(**options), *arguments, **numbers)
+
     programs = {
-        "training epoch, whole": epoch("nothing"),
-        "without Adam (plain gradient descent)": epoch("Adam"),
-        "without dropout's random numbers": epoch("dropout's random numbers"),
-        "without shuffling and gathering (one batch, again and again)": epoch("shuffling and gathering"),
-        "all matrix products, alone": matrix_products(flags.batch_size, steps),
-        **{
-            name: layer_products(shape, flags.batch_size, steps, first=layer == 0)
-            for layer, (name, shape) in enumerate(layers.items())
-        },
-        "both evaluations alone (20,000 images)": lambda: jax.block_until_ready(
-            evaluation(state.params, train_eval, test)
-        ),
+        WHOLE: epoch(),
+        "without Adam (plain gradient descent)": epoch(dataclasses.replace(config, optimizer=optax.sgd)),
+        "without shuffling and gathering (one batch, again and again)": epoch(program=one_batch),
     }
+    with harness.replaced(NO_RANDOM_NUMBERS):
+        programs["without dropout's random numbers"] = epoch()
     if jax.default_backend() == "cpu":
-        programs["with no matrix product handed to YNNPACK"] = epoch("nothing", WITHOUT_YNNPACK)
-    gemms = {f"GEMM {size}x{size}": gemm_rate(size) for size in (1024, 2048, 3072)}
-    programs |= {name: program for name, (program, _) in gemms.items()}
-    for program in programs.values():
-        program()
+        programs["with no matrix product handed to YNNPACK"] = epoch(compiler_options=WITHOUT_YNNPACK)
+    flop = {WHOLE: sum(flop_of_an_epoch(n)), PRODUCTS: sum(flop_of_an_epoch(n))}
+    x, *deltas = (jnp.ones((flags.batch_size, width)) for width in WIDTHS)
+    weights = [jnp.full(shape, 0.01) for shape in itertools.pairwise(WIDTHS)]
+    programs[PRODUCTS] = ready(all_products, weights, x, steps=steps)
+    for i, of_layer in enumerate(flop_of_an_epoch(n)):
+        name = f"those of fc{i + 1}, {WIDTHS[i]} to {WIDTHS[i + 1]}, alone"
+        layer = (weights[i], [x, *deltas][i], deltas[i])
+        programs[name], flop[name] = ready(layer_products, *layer, steps=steps, first=i == 0), of_layer
+    programs["both evaluations alone (20,000 images)"] = ready(
+        lambda: [evaluate(params, part, config=config) for part in parts]
+    )
+    for size in (1024, 2048, 3072):
+        name = f"GEMM {size}x{size}"
+        programs[name], flop[name] = ready(gemms, jnp.ones((size, size))), 4 * 2.0 * size**3
     seconds = harness.alternate(programs, flags.repetitions)
 
-    rate = max(flop / harness.spread(seconds[name])["median (s)"] for name, (_, flop) in gemms.items())
-    by_layer = flop_of_an_epoch(n)
-    counted = sum(by_layer)
-    batch = Batch(data.images[: flags.batch_size], data.labels[: flags.batch_size])
-    step = jax.jit(functools.partial(train_step, config=config, dropout_rate=0.2)).lower(state, batch, key).compile()
-    by_xla = (step.cost_analysis() or {})["flops"] * n / flags.batch_size
-    whole = harness.spread(seconds["training epoch, whole"])["median (s)"]
-    flop = {"training epoch, whole": counted, "all matrix products, alone": counted}
-    flop |= dict(zip(layers, by_layer, strict=True)) | {name: of_gemm for name, (_, of_gemm) in gemms.items()}
+    rates = {name: flop[name] / np.median(seconds[name]).item() for name in flop}
+    rate = max(rates[name] for name in rates if name.startswith("GEMM"))
     rows: list[harness.Row] = []
     for name, runs in seconds.items():
         row = {"program": name, **harness.spread(runs)}
-        if name in flop:
-            row["GFLOP/s"] = flop[name] / row["median (s)"] / 1e9
-            row["share of GEMM rate"] = flop[name] / row["median (s)"] / rate
+        if name in rates:
+            row |= {"GFLOP/s": rates[name] / 1e9, "share of GEMM rate": rates[name] / rate}
         if name.startswith("with"):
-            row["share of the epoch that it takes"] = 1 - row["median (s)"] / whole
+            row["share of the epoch that it takes"] = 1 - harness.ratio(runs, seconds[WHOLE])
         rows.append(row)
-    print(
-        f"FLOP of an epoch's matrix products, counted: {counted / 1e9:.1f} G; all of XLA's count: {by_xla / 1e9:.1f} G"
-    )
-    drawn = [row for row in rows if row["program"] not in gemms]
-    figure = harness.bars(drawn, label="program", value="median (s)", low="min (s)", high="max (s)", unit="seconds")
-    harness.write(
-        "roofline",
-        rows,
-        flags=flags,
-        output=flags.output,
-        figure=figure,
-        gemm_gflop_per_s=rate / 1e9,
-        epoch_gflop=counted / 1e9,
-        epoch_gflop_by_xla=by_xla / 1e9,
-        share_of_gemm_rate=counted / whole / rate,
-    )
+    harness.write("roofline", rows, flags=flags, gemm_gflop_per_s=rate / 1e9, epoch_gflop=flop[WHOLE] / 1e9)
 
 
 if __name__ == "__main__":

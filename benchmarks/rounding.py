@@ -5,35 +5,26 @@ changes nothing but the order of sums.
 """
 
 import dataclasses
-from pathlib import Path
-from typing import Annotated
 
 import numpy as np
 import torch
-import tyro
 from matplotlib.figure import Figure
 
 from benchmarks import harness
-from benchmarks.reference import TutorialMLP, standardise
+from benchmarks.reference import TutorialMLP, normalize
 from fashion_jax import load
 
 
 @dataclasses.dataclass(frozen=True)
-class Flags:
-    seeds: int = 10
-    """Pairs of runs."""
-    steps: int = 300
-    """Steps of a run, at batch 64, without dropout."""
-    data_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
-    """Directory with the data set."""
-    output: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
-    """Folder for the record; by default benchmarks/records/<date>-<device>."""
+class Flags(harness.Flags):
+    seeds: int = 10  # Pairs of runs.
+    steps: int = 300  # Steps of a run, at batch 64, without dropout.
 
 
 def main(flags: Flags) -> None:
     if flags.steps > 937:
         raise ValueError(f"--steps must be at most 937, the whole batches of an epoch; got {flags.steps}")
-    images, labels = load(flags.data_dir).train
+    images, labels = load().train
     rows: list[harness.Row] = []
     figure = Figure(figsize=(7, 3.5), layout="constrained")
     axes = figure.subplots()
@@ -42,29 +33,28 @@ def main(flags: Flags) -> None:
         generator = np.random.default_rng(seed)
         models = [TutorialMLP(0.0) for _ in range(2)]
         models[1].load_state_dict(models[0].state_dict())
-        optimisers = [torch.optim.Adam(model.parameters(), lr=0.003) for model in models]
+        optimizers = [torch.optim.Adam(model.parameters(), lr=0.003) for model in models]
         order = generator.permutation(60_000)
         differences = []
         for step in range(flags.steps):
             batch = order[step * 64 : (step + 1) * 64]
             losses = []
-            for model, optimiser, chosen in zip(models, optimisers, (batch, generator.permutation(batch)), strict=True):
-                x = standardise(torch.tensor(images[chosen]))
+            for model, optimizer, chosen in zip(models, optimizers, (batch, generator.permutation(batch)), strict=True):
+                x = normalize(torch.tensor(images[chosen]))
                 loss = torch.nn.functional.nll_loss(model(x), torch.tensor(labels[chosen], dtype=torch.int64))
-                optimiser.zero_grad()
+                optimizer.zero_grad()
                 loss.backward()
-                optimiser.step()
+                optimizer.step()
                 losses.append(loss.item())
             differences.append(abs(losses[0] / losses[1] - 1))
         apart = next((step for step, difference in enumerate(differences) if difference > 1e-4), None)
-        rows.append(
-            {"seed": seed, "first step over 1e-4": "none" if apart is None else apart, "largest": max(differences)}
-        )
+        first = "none" if apart is None else apart
+        rows.append({"seed": seed, "first step over 1e-4": first, "largest": max(differences)})
         axes.semilogy(np.maximum.accumulate(np.maximum(differences, 1e-9)), color="#123a6d", alpha=0.6)
     axes.set_xlabel("step")
     axes.set_ylabel("largest relative difference\nof the losses so far")
     axes.grid(alpha=0.3)
-    harness.write("rounding", rows, flags=flags, output=flags.output, figure=figure)
+    harness.write("rounding", rows, flags=flags, figure=figure)
 
 
 if __name__ == "__main__":

@@ -2,70 +2,37 @@
 
 import dataclasses
 import tempfile
-import time
-from pathlib import Path
-from typing import Annotated
+from functools import partial
 
 import jax
-import tyro
 
 from benchmarks import harness
-from fashion_jax import fit, load
-from fashion_jax.sweep import sweep, use_all_cores
+from fashion_jax import fit, load, sweep, use_all_cores
 
 
 @dataclasses.dataclass(frozen=True)
-class Flags:
-    repetitions: int = 5
-    """Timed runs of each program, in turns."""
-    epochs: int = 4
-    """Epochs of a run."""
-    data_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
-    """Directory with the data set."""
-    output: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
-    """Folder for the record; by default benchmarks/records/<date>-<device>."""
+class Flags(harness.TimedFlags):
+    epochs: int = 4  # Epochs of a run.
+
+
+def saved(run: partial) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        run(checkpoint=folder)
 
 
 def main(flags: Flags) -> None:
     use_all_cores()
-    train, test = load(flags.data_dir)
-    options = {"epochs": flags.epochs}
-    programs = {
-        "fit": lambda **more: fit(train, test, key=jax.random.key(0), dropout_rate=0.2, **options, **more),
-        "sweep, 8 lanes": lambda **more: sweep(
-            train, test, seeds=range(4), dropout_rates=(0.0, 0.2), **options, **more
-        ),
+    train, test = load()
+    runs = {
+        "fit": partial(fit, train, test, key=jax.random.key(0), dropout_rate=0.2, epochs=flags.epochs),
+        "sweep, 8 lanes": partial(sweep, train, test, seeds=range(4), dropout_rate=(0.0, 0.2), epochs=flags.epochs),
     }
     rows: list[harness.Row] = []
-    for name, program in programs.items():
-
-        def saved(program=program) -> float:
-            with tempfile.TemporaryDirectory() as folder:
-                start = time.perf_counter()
-                program(checkpoint=Path(folder) / "run")
-                return time.perf_counter() - start
-
-        def unsaved(program=program) -> float:
-            start = time.perf_counter()
-            program()
-            return time.perf_counter() - start
-
-        for warm_up in (unsaved, saved):
-            warm_up()
-        pairs = [(unsaved(), saved()) for _ in range(flags.repetitions)]
-        for kind, runs in zip(("without", "with"), zip(*pairs, strict=True), strict=True):
-            rows.append({"program": f"{name}, {kind} checkpoints", **harness.spread(list(runs))})
-        shares = [after / before - 1 for before, after in pairs]
-        rows[-1]["share added (median)"] = harness.statistics.median(shares)
-    figure = harness.bars(
-        rows,
-        label="program",
-        value="median (s)",
-        low="min (s)",
-        high="max (s)",
-        unit=f"seconds for {flags.epochs} epochs",
-    )
-    harness.write("saving", rows, flags=flags, output=flags.output, figure=figure)
+    for name, run in runs.items():
+        seconds = harness.alternate({"without": run, "with": partial(saved, run)}, flags.repetitions)
+        rows += [{"program": f"{name}, {kind} checkpoints", **harness.spread(of)} for kind, of in seconds.items()]
+        rows[-1]["share added (median)"] = harness.ratio(seconds["with"], seconds["without"]) - 1
+    harness.write("saving", rows, flags=flags)
 
 
 if __name__ == "__main__":

@@ -1,74 +1,58 @@
 """How long from the start of a process to the first evaluated epoch? Cold, and with JAX's compilation cache."""
 
-import dataclasses
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
-from typing import Annotated
-
-import tyro
+from functools import partial
 
 from benchmarks import harness
 
-# Prints the clock at each milestone. The second epoch tells how much of the first was compilation.
+# Prints the clock at each milestone. The second epoch shows how much of the first was compilation.
 CHILD = """
-import json, sys, time
+import json, time
 import jax
 from fashion_jax import fit, load
-fit
 marks = {"imports": time.time()}
-train, test = load(sys.argv[1] or None)
+train, test = load()
 marks["data"] = time.time()
 epochs = []
-fit(train, test, key=jax.random.key(0), dropout_rate=0.2, epochs=2, on_epoch=lambda end: epochs.append(time.time()))
+mark = lambda end: epochs.append(time.time())
+fit(train, test, key=jax.random.key(0), dropout_rate=0.2, epochs=2, callbacks=[mark])
 marks["first epoch, with compilation"], marks["second epoch"] = epochs
 print(json.dumps(marks))
 """
 
 
-@dataclasses.dataclass(frozen=True)
-class Flags:
-    repetitions: int = 5
-    """Processes of each kind, in turns."""
-    data_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
-    """Directory with the data set."""
-    output: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
-    """Folder for the record; by default benchmarks/records/<date>-<device>."""
+Flags = harness.TimedFlags
 
 
-def run(flags: Flags, environment: dict[str, str]) -> dict[str, float]:
-    start = time.time()
-    command = [sys.executable, "-c", CHILD, str(flags.data_dir or "")]
-    result = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=True)
-    phases, last = {}, start
+def run(variables: dict[str, str]) -> dict[str, float]:
+    """Start a process; return the seconds of each phase."""
+    last, phases = time.time(), {}
+    result = subprocess.run(
+        [sys.executable, "-c", CHILD], env=os.environ | variables, stdout=subprocess.PIPE, text=True, check=True
+    )
     for name, clock in json.loads(result.stdout).items():
         phases[name], last = clock - last, clock
-    phases["start to first epoch"] = sum(phases.values()) - phases["second epoch"]
-    return phases
+    return phases | {"start to first epoch": sum(phases.values()) - phases["second epoch"]}
 
 
 def main(flags: Flags) -> None:
     with tempfile.TemporaryDirectory() as cache:
         warm = {"JAX_COMPILATION_CACHE_DIR": cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-        kinds = {"cold": {}, "with the compilation cache": warm}
-        run(flags, warm)
-        seconds: dict[tuple[str, str], list[float]] = {}
-        for _ in range(flags.repetitions):
-            for kind, environment in kinds.items():
-                for phase, duration in run(flags, environment).items():
-                    seconds.setdefault((kind, phase), []).append(duration)
+        warm["TF_CPP_MIN_LOG_LEVEL"] = "3"  # XLA takes a cached program for another machine's.
+        run(warm)
+        kinds = {"cold": partial(run, {}), "with the compilation cache": partial(run, warm)}
+        runs = harness.take_turns(kinds, flags.repetitions)
     rows = [
-        {"start": kind, "phase": phase, "name": f"{kind}: {phase}", **harness.spread(runs)}
-        for (kind, phase), runs in sorted(seconds.items(), key=lambda item: item[0][0])
+        {"start": kind, "phase": phase, **harness.spread([phases[phase] for phases in of_kind])}
+        for kind, of_kind in runs.items()
+        for phase in of_kind[0]
     ]
-    figure = harness.bars(rows, label="name", value="median (s)", low="min (s)", high="max (s)", unit="seconds")
-    for row in rows:
-        del row["name"]
-    harness.write("startup", rows, flags=flags, output=flags.output, figure=figure)
+    harness.write("startup", rows, flags=flags)
 
 
 if __name__ == "__main__":

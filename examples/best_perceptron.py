@@ -1,158 +1,90 @@
-"""The best plain multilayer perceptron: no convolution, no other data. Recipes tried on a hold-out, tested once.
-
-Each recipe is trained on 50,000 images, and the one with the highest accuracy on the other 10,000 is trained again on
-all 60,000, with several seeds. Then the test set is touched, once.
-
-Prints tables and writes report.md, report.json and each seed's network as network-SEED.safetensors.
-"""
+"""Look for the best multilayer perceptron: recipes tried on a hold-out, the best one trained on all and tested once."""
 
 import dataclasses
-import json
-import sys
-import time
+import functools
+import itertools
 from pathlib import Path
-from typing import Annotated
+from typing import Any, Literal
 
 import jax
 import numpy as np
-import tyro
+import optax
 
-from fashion_jax import TrainConfig, calibration, data, evidence, files, report, search, sweep
+from fashion_jax import Batch, FashionMLP, Progress, TrainConfig, predict, sweep, use_all_cores
+from fashion_jax.augment import shift_and_flip
+from fashion_jax.calibration import score
+from fashion_jax.data import hold_out, load, subset
+from fashion_jax.evidence import interval
 from fashion_jax.interop import save_safetensors
-from fashion_jax.log import Progress
-from fashion_jax.predict import predict
-from fashion_jax.script import run_script
-from fashion_jax.search import Setting
+from fashion_jax.script import exit_if_interrupted, flag, logger, publish, run_script
 
-HOLD_OUT = 10_000
-# The seed that chooses is not among those that are tested.
-SEARCH_SEED = 1_000
-BASE = {"hidden": (1024, 1024), "batch_size": 256, "learning_rate": 0.001, "train_eval_size": 2_000}
-MOVED = {"flip": True, "shift": 1}
-# Dropout rates that are tried, and with what.
-TRIED: dict[str, tuple[tuple[float, ...], dict]] = {
-    "mirrored, moved, decay 0.1": ((0.0, 0.1, 0.2, 0.3), {**MOVED, "weight_decay": 0.1}),
-    "mirrored, moved, decay 0.3": ((0.0, 0.1), {**MOVED, "weight_decay": 0.3}),
-    "mirrored, moved, decay 0.1, three layers": ((0.0, 0.1), {**MOVED, "weight_decay": 0.1, "hidden": (1024,) * 3}),
-    "images as they are, 0.1 of the input dropped": ((0.2, 0.5), {"input_dropout": 0.1, "weight_decay": 0.0001}),
+MOVED, SEARCH_SEED = functools.partial(shift_and_flip, pixels=1), 1_000
+# A structure, layers and augmentation, is a compiled program; the numbers tried with it are the axes of one sweep.
+STRUCTURES = {
+    "augmented": ((1024, 1024), MOVED, {"dropout_rate": (0.0, 0.1, 0.2, 0.3), "weight_decay": (0.1, 0.3)}),
+    "deeper": ((1024, 1024, 1024), MOVED, {"dropout_rate": (0.0, 0.1), "weight_decay": (0.1, 0.3)}),
+    "plain": ((1024, 1024), None, {"dropout_rate": (0.2, 0.5), "weight_decay": (0.0001, 0.1)}),
 }
-RECIPES = {f"dropout {rate:g}; {name}": (rate, fields) for name, (rates, fields) in TRIED.items() for rate in rates}
-MEASURES = {"accuracy": "accuracy", "loss": "NLL", "brier": "Brier score", "calibration_error": "ECE"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Flags:
-    epochs: int = 40
-    """Passes over the training set: of each recipe over 50,000 images, of the chosen one over all 60,000."""
-    seeds: int = 8
-    """Number of seeds that are tested, from 0."""
-    recipes: tuple[str, ...] = tuple(RECIPES)
-    """Recipes to choose from."""
-    train_size: int | None = None
-    """Training images to use in all, hold-out included; 60,000 if left out."""
-    checkpoint: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
-    """Directory to save to after each epoch. The same command, given again, goes on from there after a run was stopped
-    or killed."""
-    data_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
-    """Directory with the data set; see `python -m fashion_jax.data --help`."""
-    output: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("runs/best_perceptron")
-    """Directory to write into."""
+    structures: tuple[Literal["augmented", "deeper", "plain"], ...] = ("augmented",)  # Structures to try.
+    epochs: int = 40  # Passes over the training set, in the search and after it; at least 2.
+    seeds: int = 8  # Number of seeds that are tested, from 0; their networks are written as network-SEED.safetensors.
+    train_size: int = 60_000  # Training images to use; a sixth of them is held out for the search.
+    checkpoint: Path | None = None  # Directory to save every epoch to; the same command resumes from there.
+    data_dir: Path | None = None  # Directory with the data set.
+    output: Path = Path("runs/best_perceptron")  # Directory to write to.
 
 
-def setting(recipe: str, epochs: int, examples: int) -> Setting:
-    rate, fields = RECIPES[recipe]
-    config = TrainConfig(**{**BASE, **fields})
-    steps = config.steps_per_epoch(examples)
-    return Setting(dataclasses.replace(config, warmup_steps=steps, decay_steps=epochs * steps), rate, epochs)
+def train(flags: Flags, title: str, structure: str, images: Batch, validation: Batch, **axes: Any):
+    hidden, augment, _ = STRUCTURES[structure]
+    steps = -(-len(images.labels) // 256)
+    schedule = optax.warmup_cosine_decay_schedule(0, 1, warmup_steps=steps, decay_steps=flags.epochs * steps)
+
+    def adamw(learning_rate, weight_decay=0.0):
+        return optax.adamw(lambda step: learning_rate * schedule(step), weight_decay=weight_decay)
+
+    logger.info("%s: %d images", title, len(images.labels))
+    config = TrainConfig(FashionMLP(hidden), adamw, augment=augment, batch_size=256, train_eval_size=2_000)
+    how = {"config": config, "epochs": flags.epochs, "callbacks": [Progress()], "learning_rate": 0.001}
+    result = sweep(images, validation, checkpoint=flags.checkpoint and flags.checkpoint / title, **how, **axes)
+    exit_if_interrupted(result.history, flags.epochs)
+    return config, result
 
 
-def main(flags: Flags) -> int:
-    if flags.seeds < 1:
-        raise ValueError(f"--seeds must be at least 1, got {flags.seeds}")
-    if not flags.recipes or not set(flags.recipes) <= set(RECIPES):
-        raise ValueError(f"--recipes must be some of {'; '.join(map(repr, RECIPES))}; got {flags.recipes}")
-    if flags.epochs < 2:
-        raise ValueError(
-            f"--epochs must be at least 2, because the learning rate rises in the first; got {flags.epochs}"
-        )
-    sweep.use_all_cores()
-    train, test = data.load(flags.data_dir)
-    if flags.train_size is not None:
-        train = data.subset(train, flags.train_size, key=jax.random.key(0))
-    part, held_out = data.hold_out(train, 1 / 6, key=jax.random.key(0))
-    files.prepare_directory(flags.output)
-
-    start = time.monotonic()
-    settings = {name: setting(name, flags.epochs, len(part.labels)) for name in flags.recipes}
-    with Progress(flags.epochs * len(search.programs(settings))) as progress:
-        runs = search.train_settings(
-            part,
-            held_out,
-            settings=settings,
-            seeds=[SEARCH_SEED],
-            on_epoch=progress,
-            checkpoint=flags.checkpoint,
-        )
-    tried = {name: run.history.validation for name, run in runs.items()}
-    # A recipe that stopped has NaN, and is not it.
-    chosen = max(tried, key=lambda name: np.nan_to_num(tried[name].accuracy[0, -1], nan=-1))
-    searched = time.monotonic() - start
-
-    final = setting(chosen, flags.epochs, len(train.labels))
-    seeds = list(range(flags.seeds))
-    with Progress(flags.epochs) as progress:
-        # The held-out images are among those trained on now, and their curves say nothing.
-        run = search.train_settings(
-            train,
-            held_out,
-            settings={chosen: final},
-            seeds=seeds,
-            on_epoch=progress,
-            checkpoint=flags.checkpoint,
-        )[chosen]
-    if np.isnan(run.history.running_loss).any():
-        raise FloatingPointError(f"{chosen}: the chosen recipe stopped with a seed, as was warned of")
-    trained = time.monotonic() - start - searched
-
-    of_seeds = []
-    for seed in seeds:
-        params = jax.tree.map(lambda leaf, at=seed: leaf[at], run.state.params)
-        of_seeds.append(calibration.score(predict(params, test.images, config=final.config), test.labels))
-        path = flags.output / f"network-{seed}.safetensors"
-        save_safetensors(path, params, config=final.config, dropout_rate=final.dropout_rate)
-    scores = jax.tree.map(lambda *leaves: np.stack(leaves), *of_seeds)
-    rows: list[tuple[str, ...]] = [("recipe", "hold-out accuracy", "hold-out NLL")]
-    rows += [(name, f"{of.accuracy[0, -1]:.4f}", f"{of.loss[0, -1]:.4f}") for name, of in tried.items()]
-    sections = [f"Tried, {flags.epochs} epochs, one seed:", report.markdown(rows)]
-    rows = [("measure", "mean and 95% interval", "lowest", "highest")]
-    for field, label in MEASURES.items():
-        values = getattr(scores, field)
-        mean = str(evidence.interval(values)).replace("+", "")
-        rows.append((label, mean, f"{values.min():.4f}", f"{values.max():.4f}"))
-    sections += [
-        f"{chosen}, {flags.epochs} epochs, {report.number_of_seeds(len(seeds))}: the test set (NLL in nats).",
-        report.markdown(rows),
-        f"In this process the search took {searched:.0f} s, and the training after it {trained:.0f} s.",
-    ]
-    print("\n\n".join(sections))
-    results = {
-        "environment": report.environment(),
-        "flags": report.recorded_flags(flags),
-        "tried": {
-            name: {"accuracy": of.accuracy[0].tolist(), "loss": of.loss[0].tolist()} for name, of in tried.items()
-        },
-        "chosen": chosen,
-        "config": final.config.as_dict(),
-        "dropout_rate": final.dropout_rate,
-        "seeds": seeds,
-        "test": {field: getattr(scores, field).tolist() for field in MEASURES},
-        "seconds": {"search": searched, "training": trained},
-    }
-    files.write_atomically(flags.output / "report.json", json.dumps(results, indent=1, default=str) + "\n")
-    files.write_atomically(flags.output / "report.md", "\n\n".join(sections) + "\n")
-    print(f"report.md, report.json and the networks are in {flags.output}", file=sys.stderr)
-    return 0
+def main(flags: Flags) -> None:
+    use_all_cores()
+    images, test = load(flags.data_dir)
+    with flag("--train-size"):
+        images = subset(images, flags.train_size, key=jax.random.key(0))
+        part, held_out = hold_out(images, 1 / 6, key=jax.random.key(0))
+    tried, rows = {}, [["structure", "dropout rate", "weight decay", "hold-out accuracy", "hold-out NLL"]]
+    for structure in flags.structures:
+        *_, grid = STRUCTURES[structure]
+        _, result = train(flags, structure, structure, part, held_out, seeds=[SEARCH_SEED], **grid)
+        for rate, decay in itertools.product(*grid.values()):
+            run = result.at(dropout_rate=rate, weight_decay=decay, seed=SEARCH_SEED)
+            loss, accuracy = (curve[-1] for curve in run.history.validation)
+            tried[structure, rate, decay] = np.nan_to_num(accuracy)  # NaN where a run diverged.
+            rows.append([structure, f"{rate:g}", f"{decay:g}", f"{accuracy:.4f}", f"{loss:.4f}"])
+    structure, rate, decay = chosen = max(tried, key=lambda recipe: tried[recipe])
+    # The held-out images are among those trained on now; the test set has to decide.
+    numbers = {"seeds": range(flags.seeds), "dropout_rate": rate, "weight_decay": decay}
+    config, result = train(flags, "final", structure, images, held_out, **numbers)
+    scores = score(predict(result.state.params, test.images, config=config), test.labels)
+    for seed in range(flags.seeds):
+        params, path = result.at(seed=seed).state.params, flags.output / f"network-{seed}.safetensors"
+        save_safetensors(path, params, config=config, dropout_rate=rate)
+    measures = {"accuracy": scores.accuracy, "NLL": scores.loss, "Brier": scores.brier, "ECE": scores.calibration_error}
+    tests = [["measure", "mean and 95% interval", "lowest", "highest"]]
+    for name, values in measures.items():
+        tests.append([name, str(interval(values)).replace("+", ""), f"{values.min():.4f}", f"{values.max():.4f}"])
+    about = f"Test set: {structure}, dropout rate {rate:g}, weight decay {decay:g}, {flags.seeds} seeds; NLL in nats."
+    tables = {f"Tried, {flags.epochs} epochs, one seed:": rows, about: tests}
+    publish(flags, tables, {}, report={"tried": rows, "chosen": chosen, "config": config, "test": measures})
 
 
 if __name__ == "__main__":
-    run_script(main, lambda: tyro.cli(Flags, description=__doc__))
+    run_script(main, Flags, __doc__)

@@ -1,132 +1,88 @@
-"""When does dropout help? Rates against training-set sizes, several seeds, chosen on a hold-out and tested once.
-
-Prints tables and writes study.png, report.md and history.json.
-"""
+"""When does dropout help? Rates against training-set sizes: rates chosen on a hold-out, then tested once."""
 
 import dataclasses
-import json
-import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
 
 import jax
 import numpy as np
-import tyro
+from matplotlib import colormaps
+from matplotlib.figure import Figure
 
-from fashion_jax import TrainConfig, data, evidence, files, plot, report, sweep
-from fashion_jax.log import Progress
-from fashion_jax.script import INTERRUPTED, run_script
-from fashion_jax.train import evaluate
-
-HOLD_OUT = 10_000
-PRESETS = {
-    "quick": {"rates": (0.0, 0.1, 0.2, 0.35, 0.5, 0.7), "sizes": (1_000, 5_000, 20_000, 50_000), "seeds": 3},
-    "full": {
-        "rates": (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7),
-        "sizes": (1_000, 2_000, 5_000, 10_000, 20_000, 50_000),
-        "seeds": 32,
-    },
-}
+from fashion_jax import Progress, evaluate, hold_out, load, report, subset, sweep, use_all_cores
+from fashion_jax.evidence import Summary, paired, summarize
+from fashion_jax.script import exit_if_interrupted, flag, logger, publish, run_script
 
 
 @dataclasses.dataclass(frozen=True)
 class Flags:
-    preset: Literal["quick", "full"] = "quick"
-    """quick: 6 rates, 4 sizes, 3 seeds, for two cores. full: 9 rates, 6 sizes, 32 seeds, for an accelerator."""
-    rates: tuple[float, ...] | None = None
-    """Dropout rates in [0, 1), 0 among them; instead of the preset's."""
-    sizes: tuple[int, ...] | None = None
-    """Training-set sizes, at most 50,000: 10,000 of the 60,000 images are held out. Instead of the preset's."""
-    seeds: int | None = None
-    """Number of seeds; instead of the preset's."""
-    epochs: int = 30
-    """Passes over the training set, whatever its size."""
-    checkpoint: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
-    """Directory to save to after each epoch. The same command, given again, goes on from there after a run was stopped
-    or killed."""
-    data_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
-    """Directory with the data set; see `python -m fashion_jax.data --help`."""
-    output: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("runs/dropout_sweep")
-    """Directory to write into."""
+    rates: tuple[float, ...] = (0.0, 0.1, 0.2, 0.35, 0.5, 0.7)  # Dropout rates in [0, 1); the first is compared with.
+    sizes: tuple[int, ...] = (1_000, 5_000, 20_000, 50_000)  # Training-set sizes, at most 50,000.
+    seeds: int = 3  # Number of seeds, from 0.
+    epochs: int = 30  # Passes over the training set, whatever its size.
+    checkpoint: Path | None = None  # Directory to save every epoch to; the same command resumes from there.
+    data_dir: Path | None = None  # Directory with the data set.
+    output: Path = Path("runs/dropout_sweep")  # Directory to write to.
 
 
-def main(flags: Flags) -> int:
-    preset = PRESETS[flags.preset]
-    rates = preset["rates"] if flags.rates is None else flags.rates
-    sizes = preset["sizes"] if flags.sizes is None else flags.sizes
-    seeds = range(preset["seeds"] if flags.seeds is None else flags.seeds)
-    if not seeds:
-        raise ValueError(f"--seeds must be at least 1, got {flags.seeds}")
-    if 0.0 not in rates:
-        raise ValueError(f"--rates must have 0 among them, to compare with; got {rates}")
-    sweep.use_all_cores()
-    config = TrainConfig()
-    train, test = data.load(flags.data_dir)
-    train, validation = data.hold_out(train, HOLD_OUT / len(train.labels), key=jax.random.key(0))
-    files.prepare_directory(flags.output)
-
-    with Progress(flags.epochs * len(sizes)) as progress:
-        run = sweep.sweep(
-            train,
+def main(flags: Flags) -> None:
+    use_all_cores()
+    train, test = load(flags.data_dir)
+    train, validation = hold_out(train, 1 / 6, key=jax.random.key(0))
+    with flag("--sizes"):
+        parts = {size: subset(train, size, key=jax.random.key(0)) for size in sorted(flags.sizes)}
+    heading = ["images", "chosen rate", "test loss, chosen minus first", "test accuracy, chosen minus first"]
+    losses, tests = [["images", *(f"dropout {rate:g}" for rate in flags.rates)]], [heading]
+    histories, tested = {}, {}
+    for size, part in parts.items():
+        logger.info("%d training images", size)
+        result = sweep(
+            part,
             validation,
-            seeds=seeds,
-            dropout_rates=rates,
-            train_sizes=sizes,
-            config=config,
+            seeds=range(flags.seeds),
             epochs=flags.epochs,
-            on_epoch=progress,
-            checkpoint=flags.checkpoint,
+            callbacks=[Progress()],
+            checkpoint=flags.checkpoint and flags.checkpoint / f"{size}-images",
+            dropout_rate=flags.rates,
         )
-    complete = len(run.history.running_loss)
-    if complete < len(sizes):
-        how = "go on" if flags.checkpoint else "train all"
-        print(f"stopped after {complete} of {len(sizes)} sizes; run the command again to {how}", file=sys.stderr)
-    sizes = sizes[:complete]
-    summary = evidence.summarise(run.history)
+        exit_if_interrupted(result.history, flags.epochs)
+        histories[f"{size} images"] = result.history
+        final = {rate: result.at(dropout_rate=rate).history.validation.loss[:, -1] for rate in flags.rates}
+        losses.append([f"{size:,}", *map(report.mean_and_std, final.values())])
+        chosen = min(final, key=lambda rate: final[rate].mean())
+        one, first = (evaluate(result.at(dropout_rate=rate).state.params, test) for rate in (chosen, flags.rates[0]))
+        tested[f"{size} images"] = {"chosen rate": chosen, "chosen": one, "first": first}
+        differences = [str(paired(*both)) if chosen != flags.rates[0] else "-" for both in zip(one, first, strict=True)]
+        tests.append([f"{size:,}", f"{chosen:g}", *differences])
+    about = "Test set, touched once, at the rate with the lowest hold-out loss (mean and 95% interval over the seeds):"
+    tables = {"Hold-out loss (nats) after the last epoch:": losses, about: tests}
+    figure = draw({name: summarize(history) for name, history in histories.items()}, flags.rates)
+    publish(flags, tables, {"study": figure}, history={"arms": histories, "test": tested})
 
-    rows: list[tuple[str, ...]] = [("images", *(f"dropout {rate:g}" for rate in rates))]
-    rows += [
-        (f"{size:,}", *map(report.mean_and_sd, losses)) for size, losses in zip(sizes, summary.final_loss, strict=True)
-    ]
-    sections = ["Hold-out loss (nats) after the last epoch:", report.markdown(rows)]
 
-    none = rates.index(0.0)
-    chosen = summary.final_loss.mean(axis=-1).argmin(axis=-1)
-    rows = [("images", "chosen rate", "test loss, chosen minus none", "test accuracy, chosen minus none")]
-    tested = []
-    for i, size in enumerate(sizes):
-        measured = np.array(
-            [
-                [
-                    evaluate(
-                        jax.tree.map(lambda leaf, at=(i, rate, j): leaf[at], run.state.params), test, config=config
-                    )
-                    for j in range(len(seeds))
-                ]
-                for rate in (chosen[i], none)
-            ],
-            np.float64,
-        )
-        tested.append({"size": size, "chosen rate": rates[chosen[i]], "chosen and none": measured.tolist()})
-        differences = [str(evidence.paired(measured[0, :, metric], measured[1, :, metric])) for metric in (0, 1)]
-        rows.append((f"{size:,}", f"{rates[chosen[i]]:g}", *(differences if chosen[i] != none else ("-", "-"))))
-    sections += [
-        "The rate with the lowest mean hold-out loss, and the test set, touched once (mean and 95% interval of the "
-        f"differences paired by seed, over {report.number_of_seeds(len(seeds))}).",
-        report.markdown(rows),
-    ]
-    print("\n\n".join(sections))
-
-    arms = {f"{size} images": jax.tree.map(lambda leaf, i=i: leaf[i], run.history) for i, size in enumerate(sizes)}
-    results = report.as_json(
-        arms, seeds=list(seeds), config=config, dropout_rates=rates, flags=report.recorded_flags(flags), test=tested
-    )
-    files.write_atomically(flags.output / "history.json", json.dumps(results, indent=1, default=str) + "\n")
-    files.write_atomically(flags.output / "report.md", "\n\n".join(sections) + "\n")
-    plot.save(plot.study(summary, dropout_rates=rates, sizes=sizes), flags.output / "study.png", dpi=130)
-    print(f"study.png, report.md and history.json are in {flags.output}", file=sys.stderr)
-    return 0 if complete == len(sizes) else INTERRUPTED
+def draw(arms: Mapping[str, Summary], rates: tuple[float, ...]) -> Figure:
+    """Draw final loss, gap and accuracy against the rate, and how far each loss is above the lowest of its size."""
+    figure = Figure(figsize=(11, 7.5), layout="constrained")
+    *panels, last = figure.subplots(2, 2).flat
+    labels = {"final_loss": "validation loss (nats)", "gap": "gap (eval mode, nats)", "final_accuracy": "accuracy"}
+    for axes, (name, label) in zip(panels, labels.items(), strict=True):
+        for i, (title, summary) in enumerate(arms.items()):
+            # From light to dark, so that the order survives grey printing.
+            color, runs = colormaps["viridis_r"]((i + 1) / len(arms)), getattr(summary, name)
+            axes.errorbar(rates, runs.mean(axis=1), runs.std(axis=1), capsize=3, label=title, color=color, marker="o")
+        axes.set(xlabel="dropout rate", ylabel=f"final {label}")
+        axes.grid(alpha=0.3)
+    panels[0].legend(title="mean ± std over seeds")
+    losses = np.array([summary.final_loss.mean(axis=1) for summary in arms.values()])
+    above = losses - losses.min(axis=1, keepdims=True)
+    for (i, j), value in np.ndenumerate(above):
+        last.text(j, i, f"+{value:.2f}" if value else "★", ha="center", va="center")
+    last.imshow(above, cmap="Blues", vmax=2 * above.max(), aspect="auto")
+    last.set_xticks(range(len(rates)), labels=[f"{rate:g}" for rate in rates])
+    last.set_yticks(range(len(arms)), labels=list(arms))
+    last.set(xlabel="dropout rate", title="final loss above the lowest of its size (★)")
+    return figure
 
 
 if __name__ == "__main__":
-    run_script(main, lambda: tyro.cli(Flags, description=__doc__))
+    run_script(main, Flags, __doc__)

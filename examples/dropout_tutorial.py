@@ -18,8 +18,8 @@
 # that dropout prevents overfitting. This notebook repeats its experiment in JAX, and then asks how much two plots can
 # prove.
 #
-# You need some Python, and an idea of what a neural network is. You need no JAX. On two CPU cores all cells together
-# take a few minutes, and nearly all of that is one cell, in part 5.
+# You need some Python and an idea of what a neural network is, but no JAX. On two CPU cores the notebook runs for a few
+# minutes, nearly all of it in one cell of part 5.
 #
 # 1. The images
 # 2. The network, by hand
@@ -27,7 +27,7 @@
 # 4. Training, step by step
 # 5. Training without and with dropout
 # 6. The two plots, and what is wrong with them
-# 7. What the network says of one image
+# 7. What the network predicts for one image
 # 8. Does dropout prevent overfitting?
 # 9. The rival: stopping early
 # 10. Exercises
@@ -40,14 +40,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 from IPython.display import Markdown, display, update_display
 
-from fashion_jax import CLASS_NAMES, Batch, Dropout, FashionMLP, TrainConfig
-from fashion_jax.data import load, subset
-from fashion_jax.evidence import best_epochs, interval, judge, paired
-from fashion_jax.plot import classification, image_sheet, losses
-from fashion_jax.predict import predict
-from fashion_jax.report import markdown, mean_and_sd, table, verdicts
-from fashion_jax.sweep import sweep, use_all_cores
-from fashion_jax.train import init_state, negative_log_likelihood, train_step
+from fashion_jax import CLASS_NAMES, Batch, Dropout, FashionMLP, judge, load, predict, subset, sweep, use_all_cores
+from fashion_jax.evidence import best_epochs, interval, paired
+from fashion_jax.plot import classification, losses, samples
+from fashion_jax.report import markdown, mean_and_std, table, verdicts
+from fashion_jax.steps import init_state, train_step
 
 use_all_cores()  # before JAX computes anything
 
@@ -81,7 +78,7 @@ print("classes:        ", ", ".join(CLASS_NAMES))
 # An image is 28 rows of 28 pixels, each a whole number from 0 (black) to 255 (white). Here are the first 900.
 
 # %%
-display(image_sheet(train.images[:900]))
+display(samples(train.images[:900]))
 
 # %% [markdown]
 # Look for a shirt, a coat and a pullover. Some are hard to tell apart even for us, so do not expect a network that is
@@ -97,8 +94,7 @@ display(image_sheet(train.images[:900]))
 # them. `init_state` draws them at random.
 
 # %%
-config = TrainConfig()
-state = init_state(jax.random.key(0), config=config)
+state = init_state(jax.random.key(0))
 for name, layer in state.params.items():
     print(name, "kernel", layer["kernel"].shape, "bias", layer["bias"].shape)
 print("numbers to learn:", sum(leaf.size for leaf in jax.tree.leaves(state.params)))
@@ -117,7 +113,7 @@ scores = x @ params["fc4"]["kernel"] + params["fc4"]["bias"]
 print("scores:", scores.round(3))
 
 # %% [markdown]
-# Ten scores come out, one a class; the highest is the network's guess. To make probabilities of them, take the
+# Ten scores come out, one per class; the highest is the network's guess. To turn them into probabilities, take the
 # exponential of each and divide by the sum: that is the *softmax*. Its logarithm, the *log-softmax*, is a subtraction.
 
 # %%
@@ -127,9 +123,9 @@ print("probabilities:    ", np.exp(log_probs).round(3))
 print("their sum:        ", np.exp(log_probs).sum().round(3))
 
 # %% [markdown]
-# The *loss* tells how wrong the network is: take the log-probability of the right class, and change its sign. That is
-# the *negative log likelihood*. It is 0 if the network is sure and right, and large if it is sure and wrong. Its unit
-# is the *nat*.
+# The *loss* measures how wrong the network is: take the log-probability of the right class, and change its sign. That
+# is the *negative log likelihood*. It is 0 if the network is certain and right, and large if it is certain and wrong.
+# Its unit is the *nat*.
 
 # %%
 print("right class:", CLASS_NAMES[label])
@@ -137,13 +133,19 @@ print(f"loss by hand:          {-log_probs[label]:.4f} nats")
 
 # jit compiles a function, so that it runs fast
 network = jax.jit(FashionMLP(dropout_rate=0.2).apply, static_argnames="deterministic")
-log_probs = network({"params": state.params}, image[None], deterministic=True)
-print(f"loss by fashion_jax:   {negative_log_likelihood(log_probs, label[None])[0]:.4f} nats")
+
+
+def loss_of(params, images, labels, **how):
+    log_probs = network({"params": params}, images, **how)
+    return -log_probs[np.arange(len(labels)), labels].mean()
+
+
+print(f"loss by fashion_jax:   {loss_of(state.params, image[None], label[None], deterministic=True):.4f} nats")
 print(f"loss of blind guesses: {np.log(10):.4f} nats")
 
 # %% [markdown]
-# Our loss and the package's agree. The network has learned nothing yet, so it is about as good as one that gives each
-# of the ten classes the same probability.
+# Our loss and the package's agree. The network has learned nothing yet, so it does about as well as one that gives all
+# ten classes the same probability.
 
 # %% [markdown]
 # ## 3. Dropout, by hand
@@ -186,17 +188,11 @@ plt.show()
 # When the network is used, nothing may be random. That is what `deterministic=True` is for: dropout then does nothing.
 # With `deterministic=False` the model needs a key. Here is the loss of our one image, in nats, with dropout off and on.
 
-
 # %%
-def loss_with(**how):
-    log_probs = network({"params": state.params}, image[None], **how)
-    return negative_log_likelihood(log_probs, label[None])[0]
-
-
-print("dropout off:             ", loss_with(deterministic=True))
-print("dropout on, key 1:       ", loss_with(deterministic=False, rngs={"dropout": jax.random.key(1)}))
-print("dropout on, key 1 again: ", loss_with(deterministic=False, rngs={"dropout": jax.random.key(1)}))
-print("dropout on, key 2:       ", loss_with(deterministic=False, rngs={"dropout": jax.random.key(2)}))
+print("dropout off:            ", loss_of(state.params, image[None], label[None], deterministic=True))
+for name, seed in {"key 1:      ": 1, "key 1 again:": 1, "key 2:      ": 2}.items():
+    rngs = {"dropout": jax.random.key(seed)}
+    print("dropout on,", name, loss_of(state.params, image[None], label[None], deterministic=False, rngs=rngs))
 
 # %% [markdown]
 # ## 4. Training, step by step
@@ -209,7 +205,7 @@ print("dropout on, key 2:       ", loss_with(deterministic=False, rngs={"dropout
 
 # %%
 batch = Batch(train.images[:64], train.labels[:64])
-after, metrics = train_step(state, batch, jax.random.key(1), config=config, dropout_rate=0.2)
+after, metrics = train_step(state, batch, jax.random.key(1), dropout_rate=0.2)
 print("steps taken, before and after:", state.step, after.step)
 print(f"loss of the batch: {metrics.loss:.4f} nats; accuracy: {metrics.accuracy:.4f}")
 
@@ -221,8 +217,7 @@ print(f"loss of the batch: {metrics.loss:.4f} nats; accuracy: {metrics.accuracy:
 rows = [("dropout rate", "key", "loss of the batch (nats)", "same weights as in the row above")]
 above = None
 for rate, seed in [(0.2, 1), (0.2, 1), (0.2, 2), (0.0, 1), (0.0, 2)]:
-    key = jax.random.key(seed)
-    after, metrics = train_step(state, batch, key, config=config, dropout_rate=rate)
+    after, metrics = train_step(state, batch, jax.random.key(seed), dropout_rate=rate)
     kernel = after.params["fc1"]["kernel"]
     same = "" if above is None else "yes" if np.array_equal(kernel, above) else "no"
     rows.append((f"{rate:g}", f"{seed}", f"{metrics.loss:.6f}", same))
@@ -238,8 +233,7 @@ key = jax.random.key(1)
 for number in range(100):
     part = slice(64 * number, 64 * (number + 1))
     batch = Batch(train.images[part], train.labels[part])
-    step_key = jax.random.fold_in(key, number)
-    state, metrics = train_step(state, batch, step_key, config=config, dropout_rate=0.2)
+    state, metrics = train_step(state, batch, jax.random.fold_in(key, number), dropout_rate=0.2)
     if number in (0, 9, 99):
         print(f"step {number + 1:3}: loss {metrics.loss:.4f} nats, accuracy {metrics.accuracy:.4f}")
 
@@ -250,7 +244,7 @@ for number in range(100):
 # ## 5. Training without and with dropout
 #
 # `fit` trains one network for many epochs. We want several, because one network may be lucky. `sweep` trains one for
-# each pair of a dropout rate and a *seed*, the number that its key is made of. Networks of one seed have the same
+# each pair of a dropout rate and a *seed*, the number from which its key is made. Networks of one seed have the same
 # initial weights and the same order of images, whatever their dropout rate, so that comparing them is fair.
 #
 # After each epoch every network is measured on the test images. The tutorial calls this *validation*.
@@ -267,16 +261,15 @@ def show(end):
 
 
 display(Markdown("the first epoch takes longest: JAX compiles"), display_id="progress")
-run = sweep(train, test, seeds=SEEDS, dropout_rates=(0.0, 0.2), epochs=EPOCHS, on_epoch=show)
+result = sweep(train, test, seeds=SEEDS, dropout_rate=(0.0, 0.2), epochs=EPOCHS, callbacks=[show])
 
 # %% [markdown]
-# Every measure is now an array with one number for each rate, seed and epoch. We take them apart by rate;
-# `jax.tree.map` does the same with every array of a nested structure.
+# Every measure is now an array with one number for each rate, seed and epoch. We take them apart by rate.
 
 # %%
-print("rates, seeds, epochs:", run.history.validation.loss.shape)
-plain = jax.tree.map(lambda leaf: leaf[0], run.history)
-dropout = jax.tree.map(lambda leaf: leaf[1], run.history)
+print("rates, seeds, epochs:", result.history.validation.loss.shape)
+plain = result.at(dropout_rate=0.0).history
+dropout = result.at(dropout_rate=0.2).history
 arms = {"no dropout": plain, "dropout 0.2": dropout}
 
 # %% [markdown]
@@ -289,12 +282,12 @@ arms = {"no dropout": plain, "dropout 0.2": dropout}
 figure, panels = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
 for axes, (title, history) in zip(panels, arms.items(), strict=True):
     epochs = np.arange(1, len(history.running_loss[0]) + 1)
-    axes.plot(epochs, history.running_loss[0], ":", color="#c4482e", lw=2, label="training")
-    axes.plot(epochs, history.validation.loss[0], color="#123a6d", label="validation")
+    axes.plot(epochs, history.running_loss[0], ":", color="#d98c1f", lw=2, label="training loss (running)")
+    axes.plot(epochs, history.validation.loss[0], color="#3b78c2", label="validation loss")
     axes.set(title=title, xlabel="epoch")
     axes.grid(alpha=0.3)
 panels[0].set_ylabel("loss (nats), one run")
-panels[1].legend()
+panels[1].legend(fontsize=9)
 plt.show()
 
 # %% [markdown]
@@ -311,17 +304,17 @@ plt.show()
 # on the same training images twice.
 
 # %%
-params = jax.tree.map(lambda leaf: leaf[1, 0], run.state.params)
+params = result.at(dropout_rate=0.2, seed=SEEDS[0]).state.params
 images, labels = train.images[:5_000], train.labels[:5_000]
-off = network({"params": params}, images, deterministic=True)
-on = network({"params": params}, images, deterministic=False, rngs={"dropout": jax.random.key(0)})
-print(f"training loss, dropout off: {negative_log_likelihood(off, labels).mean():.4f} nats")
-print(f"training loss, dropout on:  {negative_log_likelihood(on, labels).mean():.4f} nats")
+off = loss_of(params, images, labels, deterministic=True)
+on = loss_of(params, images, labels, deterministic=False, rngs={"dropout": jax.random.key(0)})
+print(f"training loss, dropout off: {off:.4f} nats")
+print(f"training loss, dropout on:  {on:.4f} nats")
 
 # %% [markdown]
-# The difference is dropout's doing alone; the weights are the same. The fair way is to measure training images as
-# validation images are measured: after the epoch, with dropout off. `sweep` has done that too, on a fixed part of the
-# training images.
+# The difference is due to dropout alone; the weights are the same. The fair way is to measure training images as
+# validation images are measured: after the epoch, with dropout off, in *eval mode*. `sweep` has done that too, on a
+# fixed part of the training images.
 #
 # Here are all three curves, over all seeds: a line is the mean, and the band around it is one standard deviation to
 # each side. The ring is at the lowest mean validation loss.
@@ -335,11 +328,11 @@ display(losses(arms))
 # after the last epoch:
 
 # %%
-rows = [("validation loss minus training loss", "as in the tutorial", "fair: dropout off in both")]
+rows = [("validation loss minus", "training loss (running), as in the tutorial", "training loss (eval mode)")]
 for title, arm in arms.items():
     tutorial = arm.validation.loss[:, -1] - arm.running_loss[:, -1]
     fair = arm.validation.loss[:, -1] - arm.train.loss[:, -1]
-    rows.append((title, mean_and_sd(tutorial), mean_and_sd(fair)))
+    rows.append((title, mean_and_std(tutorial), mean_and_std(fair)))
 display(Markdown(markdown(rows)))
 
 # %% [markdown]
@@ -349,10 +342,10 @@ display(Markdown(markdown(rows)))
 display(Markdown(table(arms)))
 
 # %% [markdown]
-# ## 7. What the network says of one image
+# ## 7. What the network predicts for one image
 #
-# Here is the first test image, with the ten probabilities that a network trained with dropout gives. The bar of the
-# right class is hatched.
+# Here is the first test image, with the ten probabilities from a network trained with dropout. The bar of the right
+# class is hatched.
 
 # %%
 probabilities = predict(params, test.images)
@@ -416,7 +409,7 @@ print(f"with dropout minus without, {len(difference)} seeds:", interval(differen
 display(Markdown(verdicts(judge(plain, dropout))))
 
 # %% [markdown]
-# Take your time with this table; it is what the experiment says.
+# Take your time with this table: it is the result of the experiment.
 #
 # - In the pictures the validation loss without dropout falls, turns, and rises; with dropout it ends lower. So few
 #   seeds may leave undecided whether the rise is more than 0.02. The 32 seeds of the [README](../README.md) decide it:
@@ -425,16 +418,16 @@ display(Markdown(verdicts(judge(plain, dropout))))
 # - Nothing says that it raises the accuracy. How can the loss get better and the accuracy not? Accuracy asks only
 #   whether the most probable class is the right one; the loss also asks how probable the network took it to be. In the
 #   last table of part 6, compare "last" with "best" for the network without dropout: its loss gets worse, its accuracy
-#   hardly moves. What overfitting spoils here is less the answers than the sense of how sure to be of them.
+#   hardly moves. Overfitting spoils the confidence of this network more than its answers.
 # - Where the answer is "undecided", we must not say more.
 #
-# Do not trust the table blindly either. Few seeds make shaky intervals, and of many 95% intervals one in twenty misses.
+# Do not trust the table blindly either. Intervals over few seeds are shaky, and one in twenty 95% intervals misses.
 
 # %% [markdown]
 # ## 9. The rival: stopping early
 #
 # There is another remedy against a loss that rises late: stop before it does. Keep the weights of the epoch with the
-# lowest validation loss (`run.best.params` holds them), and forget what came after. It costs no computing, but it
+# lowest validation loss (`result.best.params` holds them), and forget what came after. It costs no computing, but it
 # is not free: over the many seeds of the project's README, the plain network is less accurate where its loss is lowest
 # than in the end.
 #
@@ -452,47 +445,44 @@ display(Markdown(markdown(rows)))
 print("dropout, not stopped, minus no dropout, stopped:", paired(with_dropout, stopped))
 
 # %% [markdown]
-# Stopping early takes away much of the late rise, and without any dropout. Does dropout still do better? The interval
-# under the table says how that stands, for dropout trained to the end. The row on stopping early in part 8 compares the
-# two networks when *both* are stopped. As long as 0 lies inside, these seeds give no reason to prefer dropout to
-# stopping early. The 32 seeds of the README do decide that row: stopped, the network *without* dropout has the lower
-# loss.
+# Stopping early removes much of the late rise, without any dropout. Does dropout still do better? The interval under
+# the table answers that for dropout trained to the end. The row on stopping early in part 8 compares the two networks
+# when *both* are stopped. As long as 0 lies inside, these seeds give no reason to prefer dropout to stopping early. The
+# 32 seeds of the README decide that row: stopped, the network *without* dropout has the lower loss.
 #
 # One thing remains unfair. We chose the epoch by the test images, and then measured on the same images. For an honest
-# number, set part of the *training* images aside, choose by them, and use the test images once, at the very end. The
+# number, hold out part of the *training* images, choose by them, and use the test images once, at the very end. The
 # third exercise does that.
 #
 # ### So, does it?
 #
 # Yes, in the sense that it keeps the loss from rising late. No, if you hoped for more right answers. And the two plots
-# that we began with could not have told: they show one seed, and a training curve that is measured in another way than
+# that we began with could not show that: they have one seed, and a training curve that is measured in another way than
 # the curve beside it.
 #
-# All of this is said of one network, one data set and one dropout rate. The [README](../README.md) of this project has
+# All of this holds for one network, one data set and one dropout rate. The [README](../README.md) of this project has
 # the same table of claims for many more seeds.
 
 # %% [markdown]
 # ## 10. Exercises
 #
-# Each needs only what the package offers. `help(name)` shows what a function takes.
+# Each needs only the package. `help(name)` shows a function's arguments.
 #
 # 1. **No key.** Call `network` with `deterministic=False` and no `rngs`. What happens, and why is that better than to
 #    draw some mask anyway?
-# 2. **More dropout.** Run `sweep` with `dropout_rates=(0.0, 0.5)` and ten epochs. What becomes of the gap, and of the
-#    accuracy?
+# 2. **More dropout.** Run `sweep` with `dropout_rate=(0.0, 0.5)` and ten epochs. What becomes of the gap, and of the
+#    accuracy? Give it `learning_rate=(0.001, 0.003)` as well: any number can be varied like this.
 # 3. **Honest early stopping.** Split the training images with `fashion_jax.hold_out`, train with `fashion_jax.fit` on
 #    the larger part and validate on the other. Then measure `run.best.params` and `run.state.params` on the test images
-#    with `fashion_jax.train.evaluate`, once.
-# 4. **Fewer images.** Give `sweep` the argument `train_sizes=(1_000, 10_000)`. With which number of images does dropout
-#    change the final loss more? `fashion_jax.evidence.summarise` computes it.
-# 5. **A wider network.** Train with `config=TrainConfig(hidden=(1024, 512, 256))` and judge again. Which answers
-#    change? (Be patient, or use fewer epochs.)
+#    with `fashion_jax.evaluate`, once. Or stop as others do: `callbacks=[fashion_jax.EarlyStopping(patience=5)]`.
+# 4. **Fewer images.** Run `sweep` on `subset(train, 1_000, key=jax.random.key(0))`, then on 10,000 images. With which
+#    number of images does dropout change the final loss more? `fashion_jax.evidence.summarize` computes it.
+# 5. **A wider network.** Train with `config=TrainConfig(model=FashionMLP(hidden=(1024, 512, 256)))` and judge again.
+#    Which answers change? (Be patient, or use fewer epochs.)
 # 6. **Fewer seeds, other seeds.** Compute `interval(difference[:2])`, then of three seeds, and so on. How does the
 #    width shrink? Then set `SEEDS = range(4, 8)`, run everything again, and see which answers change.
-# 7. **The same bytes.** Train twice with `fit` and the same key, for two epochs, and compare all parameters with
-#    `np.array_equal`. Then change the key.
-# 8. **Many thinned networks.** Keep dropout on when predicting: `fashion_jax.predict_mc` does so many times over. Draw
+# 7. **Many thinned networks.** Keep dropout on when predicting: `fashion_jax.predict_mc` does so many times over. Draw
 #    the image that was wrong with `classification(..., spread=...)`. Is the network less sure of it than of the first
 #    image?
-# 9. **Your own clothes.** Photograph a shoe on a plain background, read the file with `fashion_jax.read_image`, and
+# 8. **Your own clothes.** Photograph a shoe on a plain background, read the file with `fashion_jax.read_image`, and
 #    classify it.

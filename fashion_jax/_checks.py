@@ -5,10 +5,12 @@ raises an error that names the argument, what was found and what to do.
 """
 
 import functools
+import itertools
 import math
 import numbers
 import os
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -217,7 +219,7 @@ def params(found: Any, expected: Mapping[str, Any]) -> int:
 
     >>> params({"fc1": {"bias": np.zeros((2, 9))}}, {"fc1": {"bias": np.zeros(10)}})
     Traceback (most recent call last):
-    ValueError: params do not fit the model: fc1.bias must have shape [10], got [2, 9]
+    ValueError: params do not fit the model: fc1.bias must have shape [10], got [2, 9], for images of this size
     """
     here, there = _shapes(found), _shapes(expected)
     lanes = {shape[: len(shape) - len(there[name])] for name, shape in here.items() if name in there}
@@ -230,21 +232,27 @@ def params(found: Any, expected: Mapping[str, Any]) -> int:
         if name in here and here[name] != front + shape
     ]
     if wrong:
-        raise ValueError(f"params do not fit the model: {'; '.join(sorted(wrong))}")
+        raise ValueError(f"params do not fit the model: {'; '.join(sorted(wrong))}, for images of this size")
     return len(front)
 
 
-def experiment(
-    config: Any, params: Any, train: Batch, validation: Batch, lanes: Sequence[tuple[Any, Mapping[str, float]]]
-) -> None:
+@functools.lru_cache
+def param_shapes(config: Any, image_shape: tuple[int, ...]) -> Any:
+    """Return shapes and types of the model's parameters, without computing any.
+
+    >>> from fashion_jax import TrainConfig
+    >>> param_shapes(TrainConfig(), (28, 28))["fc4"]["bias"].shape
+    (10,)
+    """
+    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.uint8)
+    init = functools.partial(config.model.init, deterministic=True)
+    return jax.eval_shape(init, jax.random.key(0), images)["params"]
+
+
+def experiment(config: Any, train: Batch, validation: Batch, lanes: Sequence[tuple[Any, Mapping[str, float]]]) -> None:
     """Raise an error, before anything compiles, where model, loss, hyperparameters and data do not fit together.
 
-    Args:
-        config: A TrainConfig.
-        params: Shapes of the model's parameters.
-        train: Training examples.
-        validation: Validation examples.
-        lanes: Key and hyperparameters of each run; the model is tried with every value of each.
+    The model is tried with every value in `lanes`, which holds key and hyperparameters of each run.
     """
     images, labels = train.images[:1], train.labels[:1]
     if validation.images.shape[1:] != images.shape[1:]:
@@ -259,7 +267,7 @@ def experiment(
     for fields in variants.values():
         model = config.model.clone(**fields)
         apply = functools.partial(model.apply, deterministic=False, rngs={"dropout": key})
-        output = jax.eval_shape(apply, {"params": params}, images)
+        output = jax.eval_shape(apply, {"params": param_shapes(config, images.shape[1:])}, images)
     if output.ndim != 2 or len(output) != 1:
         raise ValueError(f"the model must return log-probabilities [n, classes], got {['n', *output.shape[1:]]}")
     for name, data in (("train", train), ("validation", validation)):
@@ -270,13 +278,7 @@ def experiment(
 
 
 def log_probabilities(model: Any, params: Any, images: Any) -> None:
-    """Raise ValueError unless the model's outputs are log-probabilities: logits would train without a word.
-
-    Args:
-        model: A Linen module.
-        params: Its parameters.
-        images: At least one image.
-    """
+    """Raise ValueError unless a Linen module returns log-probabilities: logits would train without a word."""
     log_probs = jax.jit(functools.partial(model.apply, deterministic=True))({"params": params}, images)
     total = float(jnp.exp(log_probs[0].astype(jnp.float32)).sum())
     # In bfloat16 the sum is off by some hundredths.
@@ -285,6 +287,34 @@ def log_probabilities(model: Any, params: Any, images: Any) -> None:
             f"the model must return log-probabilities, but their exponentials sum to {total:.4g}; end it with "
             "jax.nn.log_softmax"
         )
+
+
+def finite_epoch(row: History, rows: Sequence[History], axes: Mapping[str, Sequence[Any]]) -> None:
+    """Warn of the runs that have just diverged; raise FloatingPointError if no other is left."""
+    diverged = np.isnan(row.running_loss)
+    new = diverged & ~np.isnan(rows[-1].running_loss) if rows else diverged
+    if not new.any():
+        return
+    epoch = len(rows) + 1
+    if diverged.all():
+        raise FloatingPointError(f"training diverged in epoch {epoch}; a lower learning_rate may help")
+    lanes = list(itertools.product(*axes.values()))
+    first = ", ".join(f"{name}={value}" for name, value in zip(axes, lanes[new.argmax()], strict=True))
+    told = f"{new.sum()} of {len(new)} runs diverged in epoch {epoch} ({first}{', ...' * (new.sum() > 1)})"
+    warnings.warn(f"{told}; their history is NaN from there on", stacklevel=5)
+
+
+def functions(name: str, value: Any) -> list[Any]:
+    """Return a list of functions.
+
+    >>> functions("callbacks", print)
+    Traceback (most recent call last):
+    TypeError: callbacks must be a list of functions, got <built-in function print>
+    """
+    found = list(value) if isinstance(value, Iterable) else [None]
+    if any(isinstance(function, type) or not callable(function) for function in found):
+        raise TypeError(f"{name} must be a list of functions, got {value!r}")
+    return found
 
 
 def path(name: str, value: Any) -> Path:

@@ -25,7 +25,9 @@ def uniform(key: Key[Array, ""], shape: tuple[int, ...]) -> Float32[Array, "..."
     True
     """
     # Other generators count differently, and so does Threefry from 2**32 numbers on.
-    threefry = str(jax.random.key_impl(key)) == "threefry2x32" and getattr(jax.config, "jax_threefry_partitionable", True)
+    threefry = str(jax.random.key_impl(key)) == "threefry2x32" and getattr(
+        jax.config, "jax_threefry_partitionable", True
+    )
     if not threefry or math.prod(shape) >= 2**32:
         return jax.random.uniform(key, shape, jnp.float32)
     bits = _bits(jax.random.key_data(key), math.prod(shape)).reshape(shape)

@@ -18,14 +18,54 @@ import itertools
 import json
 import os
 import sys
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from fashion_jax import _checks
-from fashion_jax.types import EpochEnd
+from fashion_jax.types import History, TrainState
 
 FEW = 4  # Settings of a sweep whose figures fit into one line.
+
+
+class EpochEnd(NamedTuple):
+    """What a callback receives after each epoch.
+
+    Attributes:
+        epoch: The epoch that has ended, from 1.
+        epochs: The number of epochs asked for.
+        axes: Name and values of each axis of a sweep; empty for `fit`.
+        hyperparameters: The numbers that do not vary.
+        history: Metrics of this epoch, leaves [*axes].
+        fetch_state: Returns the state after the epoch, leaves [*axes, ...], copied to the host. With several processes
+            every one has to call it.
+    """
+
+    epoch: int
+    epochs: int
+    axes: Mapping[str, tuple[Any, ...]]
+    hyperparameters: Mapping[str, float]
+    history: History
+    fetch_state: Callable[[], TrainState]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return one flat dictionary a run: hyperparameters, seed, epoch, and the five metrics.
+
+        >>> from fashion_jax.types import Metrics
+        >>> end = EpochEnd(1, 2, {}, {"dropout_rate": 0.2}, History(0.1, Metrics(0.2, 0.9), Metrics(0.3, 0.8)), dict)
+        >>> end.rows()[0]["dropout_rate"], end.rows()[0]["validation_loss"]
+        (0.2, 0.3)
+        """
+        rows = []
+        for index in np.ndindex(*map(len, self.axes.values())):
+            lane = {name: values[i] for (name, values), i in zip(self.axes.items(), index, strict=True)}
+            curves = {name: float(np.asarray(curve)[index]) for name, curve in self.history.curves().items()}
+            rows.append({**self.hyperparameters, **lane, "epoch": self.epoch, **curves})
+        return rows
+
+
+Callback = Callable[[EpochEnd], bool | None]
 
 
 class Progress:
@@ -53,7 +93,7 @@ class Progress:
 
         if end.epoch == 1 or end.epoch != self._last + 1:
             self._bar = None
-        self._last, where = end.epoch, {"total": end.epochs, "initial": end.epoch, "file": file}
+        self._last, where = end.epoch % end.epochs, {"total": end.epochs, "initial": end.epoch, "file": file}
         training, loss, accuracy = (_means(end, curve) for curve in (end.history.train.loss, *end.history.validation))
         figures = f"validation loss {loss}, accuracy {accuracy}"
         if not (file.isatty() or "ipykernel" in sys.modules):
@@ -91,8 +131,9 @@ class JsonLines:
         """Append the lines of one epoch."""
         rows = [self._entries | {k: None if v != v else v for k, v in row.items()} for row in end.rows()]
         content = "".join(json.dumps(row) + "\n" for row in rows).encode()
-        ends_in_half_a_line = self._path.read_bytes()[-1:] not in (b"", b"\n")
-        with self._path.open("ab") as file:
+        with self._path.open("a+b") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
+            ends_in_half_a_line = file.read() not in (b"", b"\n")
             file.write(b"\n" + content if ends_in_half_a_line else content)
 
 
@@ -105,8 +146,7 @@ def read_json_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     for line in _checks.path("path", path).read_bytes().splitlines():
         with contextlib.suppress(json.JSONDecodeError):
             row = json.loads(line)
-            names = list(row)
-            rows[json.dumps({name: row[name] for name in names[: names.index("epoch") + 1]})] = row
+            rows[json.dumps(list(itertools.takewhile(lambda entry: entry[0] != "running_loss", row.items())))] = row
     return list(rows.values())
 
 
@@ -127,7 +167,7 @@ class EarlyStopping:
 
     def __call__(self, end: EpochEnd) -> bool:
         """Return whether the run should end."""
-        if end.epoch == 1 or end.epoch != self._last + 1:
+        if end.epoch != self._last + 1:
             self._best = np.array(np.inf)
         self._last, loss = end.epoch, end.history.validation.loss
         better = loss < self._best - self._min_delta

@@ -147,6 +147,8 @@ class Store:
         for epoch, path in sorted(self._files().items(), reverse=True):
             try:
                 tensors, metadata = files.load_tensors(path)
+                if json.loads(metadata["epoch"]) != epoch:
+                    raise ValueError(f"{path} holds epoch {metadata['epoch']}")
             except ValueError as error:  # One bit makes of the digest's name another name.
                 damaged.append(path)
                 warnings.warn(f"{error}; the checkpoint before it is used, if there is one", stacklevel=2)
@@ -190,7 +192,12 @@ class Store:
             self._write(epoch, tree, best)
 
     def _write(self, epoch: int, tree: Any, best: int) -> None:
-        metadata = {"identity": self._identity, "hints": self._hints, "circumstances": self._circumstances}
+        metadata = {
+            "epoch": epoch,
+            "identity": self._identity,
+            "hints": self._hints,
+            "circumstances": self._circumstances,
+        }
         try:
             files.save_tensors(
                 self.directory / f"epoch-{epoch:05}.safetensors",
@@ -220,32 +227,23 @@ class Store:
 
     def _check_same_run(self, metadata: Mapping[str, str]) -> None:
         then, hints, circumstances = (json.loads(metadata[name]) for name in ("identity", "hints", "circumstances"))
-        for name in self._circumstances.keys() & circumstances.keys():
-            if self._circumstances[name] != circumstances[name]:
-                logger.info(
-                    "%s was %s and is %s: resuming within rounding, not bit by bit",
-                    name, circumstances[name], self._circumstances[name],
-                )  # fmt: skip
-        names = {*then, *self._identity}
-        if circumstances["jax"] != self._circumstances["jax"]:
-            # Another version lowers the same program to other text; what the config looks like has to do.
-            names.discard("program")
-            then, now = {**then, **hints}, {**self._identity, **self._hints}
-            names |= {*hints, *self._hints}
-        else:
-            now = self._identity
-        wrong = sorted(name for name in names if then.get(name) != now.get(name))
-        if wrong:
-            told = [f"{name} is {then.get(name)} there and {now.get(name)} here" for name in wrong if name != "program"]
-            if "program" in wrong:
-                differing = [name for name in self._hints if hints.get(name) != self._hints[name]]
-                told += [f"{name} is {hints.get(name)} there and {self._hints[name]} here" for name in differing]
-                told += (
-                    [] if differing else ["the compiled program is another: model, optimizer, loss or sizes changed"]
-                )
+        for name, was in circumstances.items():
+            if was != self._circumstances[name]:
+                now = self._circumstances[name]
+                logger.info("%s was %s and is %s: resuming within rounding, not bit by bit", name, was, now)
+        pairs = {name: (then.get(name), self._identity.get(name)) for name in {**then, **self._identity}}
+        described = {name: (hints.get(name), now) for name, now in self._hints.items()}
+        other_version = circumstances["jax"] != self._circumstances["jax"]
+        if other_version or then.get("program") != self._identity.get("program"):
+            pairs |= described
+        # Another version lowers the same program to other text, and a description says more than a digest.
+        if other_version or any(was != now for was, now in described.values()):
+            pairs.pop("program", None)
+        differing = [f"{name} is {was} there and {now} here" for name, (was, now) in pairs.items() if was != now]
+        if differing:
             raise ValueError(
-                f"{self.directory} holds the checkpoints of another run: {'; '.join(told)}. Name another directory, or "
-                "remove this one"
+                f"{self.directory} holds the checkpoints of another run: {'; '.join(differing)}. "
+                "Name another directory, or remove this one"
             )
 
 
@@ -270,12 +268,13 @@ def identify(
 
 
 def describe(config: TrainConfig) -> dict[str, str]:
-    """Return the fields as text, functions by their names.
+    """Return the fields that determine a run as text, functions by their names.
 
     >>> describe(TrainConfig(batch_size=32))["optimizer"], describe(TrainConfig(batch_size=32))["batch_size"]
     ('optax._src.alias.adam', '32')
     """
-    return {field.name: _text(getattr(config, field.name)) for field in dataclasses.fields(config)}
+    names = [field.name for field in dataclasses.fields(config) if field.name != "eval_batch_size"]
+    return {name: _text(getattr(config, name)) for name in names}
 
 
 def _text(value: Any) -> str:

@@ -1,4 +1,8 @@
-"""Where lanes run: the mesh of devices, the way there, and the way back to the host."""
+"""Where lanes run: on the way to the devices, there, and back to the host.
+
+Lanes are sharded over the devices. A CPU device trains its lanes one after the other, which keeps a network in its
+core's cache; an accelerator trains many at once.
+"""
 
 import dataclasses
 import functools
@@ -14,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from fashion_jax import _checks
 from fashion_jax.config import TrainConfig
-from fashion_jax.steps import param_shapes
 
 LANES = PartitionSpec("lanes")
 # Fraction of an accelerator's memory that lanes may take; the rest is for the data and for XLA's own needs.
@@ -158,7 +162,7 @@ def lanes_that_fit(device: Any, config: TrainConfig, image_shape: tuple[int, ...
     """
     if device.platform == "cpu":
         return 1
-    params = param_shapes(config, image_shape)
+    params = _checks.param_shapes(config, image_shape)
 
     def outputs(params):
         images = jnp.zeros((1, *image_shape), jnp.uint8)

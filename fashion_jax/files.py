@@ -13,6 +13,8 @@ import numpy as np
 
 from fashion_jax import _checks
 
+ENTRY = "fashion_jax"  # Of a safetensors file's metadata, to which other programs add their own.
+
 
 class DamagedError(ValueError):
     """A file whose content does not match its digest, or cannot be parsed."""
@@ -36,14 +38,15 @@ def write(path: str | os.PathLike[str], content: bytes | str) -> None:
     """
     target = _checks.path("path", path)
     try:
+        # A link keeps leading to the file, which may lie on another file system.
+        target = target.resolve() if target.is_symlink() else target
         target.parent.mkdir(parents=True, exist_ok=True)
         with temporary(target) as partial:
             with partial.open("wb") as file:
                 file.write(content.encode() if isinstance(content, str) else content)
                 file.flush()
                 os.fsync(file.fileno())
-            # A link keeps leading to the file.
-            partial.replace(target.resolve() if target.is_symlink() else target)
+            partial.replace(target)
     except OSError as error:
         raise OSError(error.errno, f"{error.strerror}; not written, an existing file is intact", str(target)) from error
 
@@ -88,8 +91,9 @@ def save_tensors(path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray]
 
     # The format keeps no strides, and safetensors would write a view's memory as it lies.
     tensors = {name: np.ascontiguousarray(array).reshape(np.shape(array)) for name, array in tensors.items()}
-    described = {**metadata, "sha256": digest(tensors, metadata)}
-    write(path, safetensors.numpy.save(tensors, described))
+    # One entry, because safetensors writes several in random order: the same content is the same file.
+    described = json.dumps({**metadata, "sha256": digest(tensors, metadata)}, ensure_ascii=False, sort_keys=True)
+    write(path, safetensors.numpy.save(tensors, {ENTRY: described}))
 
 
 def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -110,16 +114,14 @@ def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], d
         entries = safetensors.deserialize(content)
         tensors = {name: _as_array(**entry) for name, entry in entries}
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-        metadata = dict(header.get("__metadata__") or {})
+        metadata = json.loads((header.get("__metadata__") or {}).get(ENTRY, "{}"))
     except Exception as error:  # A damaged header makes safetensors, NumPy and json raise their own.
         raise DamagedError(f"{path} is damaged, or no safetensors file: {error}") from error
     if "sha256" not in metadata:
         raise ValueError(f"{path} has no digest: another program wrote it")
-    # Programs that save a file again add an entry of their own, "format".
-    described = {name: value for name, value in metadata.items() if name not in ("sha256", "format")}
-    if digest(tensors, described) != metadata["sha256"]:
+    if metadata.pop("sha256") != digest(tensors, metadata):
         raise DamagedError(f"{path} is damaged: its content does not match its SHA-256")
-    return tensors, described
+    return tensors, metadata
 
 
 def digest(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> str:

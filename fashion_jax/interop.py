@@ -19,7 +19,7 @@ from fashion_jax import _checks, files
 from fashion_jax.config import TrainConfig
 from fashion_jax.data import CLASS_NAMES
 from fashion_jax.model import FashionMLP
-from fashion_jax.steps import Number, param_shapes
+from fashion_jax.steps import Number
 from fashion_jax.types import Params
 
 FilePath = str | os.PathLike[str]
@@ -202,7 +202,7 @@ def export(
     >>> load_exported(path)(np.zeros((3, 28, 28), np.uint8)).shape
     (3, 10)
     """
-    if _checks.params(params, param_shapes(config, image_shape)):
+    if _checks.params(params, _checks.param_shapes(config, image_shape)):
         raise ValueError("params must be those of one network; select it first, as by result.at(seed=0)")
 
     # One by one, for models that ask for the number of images.

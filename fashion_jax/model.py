@@ -24,8 +24,8 @@ class Dropout(nn.Module):
 
     Attributes:
         rate: Probability of dropping an entry, in [0, 1).
-        after_relu: The input comes from a ReLU, whose zeros pass no gradient. The backward pass then reads from the
-            output what was dropped, where XLA would draw the mask a second time.
+        after_relu: The input comes from a ReLU, whose zeros pass no gradient: the backward pass reads from the output
+            what was dropped, where XLA would draw the mask a second time.
 
     Raises:
         ValueError: A concrete rate is outside [0, 1).
@@ -67,10 +67,7 @@ class FashionMLP(nn.Module):
         hidden: Width of each hidden layer, first to last.
         classes: Number of classes.
         dropout_rate: Fraction of hidden units to drop while training, in [0, 1); a hyperparameter of `fit` and `sweep`.
-        dtype: Type of the matrix products, such as "bfloat16"; float32 in full precision if None.
-
-    Raises:
-        ValueError: A concrete rate is outside [0, 1).
+        dtype: Type of the matrix products, such as `jnp.bfloat16`; float32 in full precision if None.
 
     >>> model = FashionMLP()
     >>> images = jnp.zeros((2, 28, 28), jnp.uint8)
@@ -82,7 +79,7 @@ class FashionMLP(nn.Module):
     hidden: tuple[int, ...] = (256, 128, 64)
     classes: int = 10
     dropout_rate: float | Float[Array, ""] = 0.0
-    dtype: str | None = None
+    dtype: Any = None
 
     def __post_init__(self) -> None:
         _checks.rate("dropout_rate", self.dropout_rate)
@@ -130,7 +127,7 @@ def normalize(images: UInt8[Array, "*shape"]) -> Float[Array, "*shape"]:
     return (images.astype(jnp.result_type(float)) / 255 - 0.5) / 0.5
 
 
-def _linear(x: Float[Array, "n inputs"], features: int, dtype: str | None, name: str) -> Any:
+def _linear(x: Float[Array, "n inputs"], features: int, dtype: Any, name: str) -> Any:
     bound = 1 / math.sqrt(x.shape[-1])
 
     def init(key, shape, dtype):

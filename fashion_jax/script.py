@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
@@ -22,6 +23,7 @@ def run_script(main: Callable[[Any], int | None], flags_type: type, description:
     flags = tyro.cli(flags_type, description=description, **options)
     logging.basicConfig(format="%(message)s")
     logging.getLogger("fashion_jax").setLevel(logging.INFO)
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
         if output := getattr(flags, "output", None):
             output.mkdir(parents=True, exist_ok=True)
@@ -29,7 +31,7 @@ def run_script(main: Callable[[Any], int | None], flags_type: type, description:
         status = main(flags)
         sys.stdout.flush()
     except KeyboardInterrupt:
-        directory = getattr(flags, "checkpoint", None) or "the directory that --checkpoint names, if it does"
+        directory = getattr(flags, "checkpoint", None) or "a directory, if it names one with --checkpoint"
         logger.warning("interrupted; the same command resumes from %s", directory)
         status = INTERRUPTED
     except BrokenPipeError:  # Nobody reads the output, and Python would fail to flush it.

@@ -1,8 +1,4 @@
-"""The calculus: pure, jitted functions from a state and data to the next state and metrics.
-
-Each is a whole program that a script may call in a loop of its own; `fashion_jax.train` composes the same functions
-into runs. Inputs are trusted here and checked by `fit` and `sweep`.
-"""
+"""The calculus: pure, jitted functions from a state and data to the next state and metrics. Inputs are trusted."""
 
 import functools
 from typing import Any, cast
@@ -13,7 +9,7 @@ import optax
 from jaxtyping import Array, Float, Int, Key
 
 from fashion_jax import _checks
-from fashion_jax.config import TrainConfig, compose, negative_log_likelihood
+from fashion_jax.config import TrainConfig, compose, compose_model, negative_log_likelihood
 from fashion_jax.types import Batch, Metrics, Params, TrainState
 
 Number = float | Float[Array, ""]
@@ -31,9 +27,8 @@ def init_state(
 
     Args:
         key: The run's key, as for `fit`.
-        config: Model and optimizer; static.
-        image_shape: Shape of one image; static.
-        **hyperparameters: Numbers of the model and the optimizer, traced.
+        config, image_shape: Static.
+        **hyperparameters: Numbers of the model and the optimizer, traced: other values compile nothing.
 
     >>> state = init_state(jax.random.key(0))
     >>> state.params["fc1"]["kernel"].shape, int(state.step)
@@ -65,7 +60,7 @@ def train_epoch(
         **hyperparameters: Traced.
 
     Returns:
-        The state ceil(n / batch_size) steps later, and the loss of each batch.
+        The state ceil(n / batch_size) steps later, and each batch's loss.
 
     >>> train = Batch(jnp.zeros((5, 28, 28), jnp.uint8), jnp.arange(5))
     >>> state, losses = train_epoch(init_state(jax.random.key(0)), train, jax.random.key(0))
@@ -103,9 +98,9 @@ def train_step(
         state: The state before the step.
         batch: n examples.
         key: The step's key, for dropout and augmentation.
-        config: Model, optimizer, loss and augmentation; static.
+        config: Static.
         weights: Weight of each example in the mean, 0 for padding; all 1 by default.
-        **hyperparameters: Numbers of the model and the optimizer, traced: other values compile nothing.
+        **hyperparameters: Traced.
 
     Returns:
         The next state, and the batch's training loss and accuracy under the old parameters.
@@ -129,13 +124,16 @@ def train_step(
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def evaluate(params: Params, batch: Batch, *, config: TrainConfig = TrainConfig()) -> Metrics:
+def evaluate(
+    params: Params, batch: Batch, *, config: TrainConfig = TrainConfig(), **hyperparameters: Number
+) -> Metrics:
     """Compute loss and accuracy on a data set of any size, dropout off, every example counted once.
 
     Args:
         params: The model's parameters; leaves may have lane axes in front, such as those of a `Sweep`.
         batch: n examples, evaluated `config.eval_batch_size` at a time.
-        config: The model; static.
+        config: Static.
+        **hyperparameters: Fields of the model that matter with dropout off too, traced; others have no effect.
 
     Returns:
         Metrics with the lane axes of `params`.
@@ -155,14 +153,14 @@ def evaluate(params: Params, batch: Batch, *, config: TrainConfig = TrainConfig(
         def chunk(inputs):
             indices, weights = inputs
             rows = jax.tree.map(lambda leaf: leaf[indices], batch)
-            metrics = eval_step(params, rows, config=config, weights=weights)
+            metrics = eval_step(params, rows, config=config, weights=weights, **hyperparameters)
             return jax.tree.map(lambda mean: mean * weights.sum(), metrics)
 
         totals = jax.lax.map(chunk, (indices, weights))
         return jax.tree.map(lambda total: total.sum() / len(batch.labels), totals)
 
     over_lanes = evaluate_one
-    for _ in range(_checks.params(params, param_shapes(config, batch.images.shape[1:]))):
+    for _ in range(_checks.params(params, _checks.param_shapes(config, batch.images.shape[1:]))):
         over_lanes = functools.partial(jax.lax.map, over_lanes)
     return over_lanes(params)
 
@@ -174,36 +172,25 @@ def eval_step(
     *,
     config: TrainConfig = TrainConfig(),
     weights: Float[Array, " n"] | None = None,
+    **hyperparameters: Number,
 ) -> Metrics:
     """Compute loss and accuracy on one batch, dropout off.
 
     Args:
-        params: The model's parameters.
+        params, config, hyperparameters: As for `evaluate`.
         batch: n examples.
-        config: The model; static.
-        weights: Weight of each example in the mean, 0 for padding; all 1 by default.
+        weights: As for `train_step`.
 
     >>> batch = Batch(jnp.zeros((4, 28, 28), jnp.uint8), jnp.arange(4))
     >>> eval_step(init_state(jax.random.key(0)).params, batch).loss.shape
     ()
     """
-    log_probs: Any = config.model.apply({"params": params}, batch.images, deterministic=True)
+    model = compose_model(config, hyperparameters)
+    log_probs: Any = model.apply({"params": params}, batch.images, deterministic=True)
     loss = negative_log_likelihood(log_probs, batch.labels)
     return Metrics(
         jnp.average(loss, weights=weights), jnp.average(log_probs.argmax(axis=1) == batch.labels, weights=weights)
     )
-
-
-@functools.lru_cache
-def param_shapes(config: TrainConfig, image_shape: tuple[int, ...]) -> Params:
-    """Return shapes and types of the model's parameters, without computing any.
-
-    >>> param_shapes(TrainConfig(), (28, 28))["fc4"]["bias"].shape
-    (10,)
-    """
-    return jax.eval_shape(
-        functools.partial(init_state, config=config, image_shape=image_shape), jax.random.key(0)
-    ).params
 
 
 def _pad(rows: Int[Array, " n"], size: int) -> tuple[Int[Array, "steps size"], Float[Array, "steps size"]]:

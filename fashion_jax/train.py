@@ -1,15 +1,13 @@
-"""Runs: `fit` trains one network, `sweep` many in one runs. One engine serves both: a run is a lane.
+"""Runs: `fit` trains one network, `sweep` many in one program. One engine serves both: a run is a lane.
 
-A lane is a key and its hyperparameters. Lanes are sharded over the devices; a CPU device trains its lanes one after the
-other, which keeps a network in its core's cache, an accelerator many at once. A compiled program takes every lane one
-epoch further, shuffle, steps and both evaluations included; a Python loop over epochs reports, saves and stops.
+A lane is a key and its hyperparameters. A compiled program takes every lane one epoch further: shuffle, steps, and both
+evaluations. A Python loop over epochs reports, saves and stops.
 """
 
 import functools
 import itertools
 import logging
 import os
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -19,24 +17,17 @@ import numpy as np
 from jaxtyping import Array, Key
 
 from fashion_jax import _checks
+from fashion_jax.callbacks import Callback, EpochEnd
 from fashion_jax.checkpoint import Checkpoints, NoStore, Store, describe, identify
 from fashion_jax.config import TrainConfig, complete
 from fashion_jax.data import subset
 from fashion_jax.devices import Lanes
 from fashion_jax.model import FashionMLP
-from fashion_jax.steps import eval_step as eval_step
-from fashion_jax.steps import evaluate as evaluate
-from fashion_jax.steps import init_state as init_state
-from fashion_jax.steps import param_shapes
-from fashion_jax.steps import train_epoch as train_epoch
-from fashion_jax.steps import train_step as train_step
-from fashion_jax.types import Batch, Best, Callback, EpochEnd, History, Metrics, Run, Sweep, TrainState
+from fashion_jax.steps import eval_step, evaluate, init_state, train_epoch, train_step
+from fashion_jax.types import Batch, Best, History, Metrics, Run, Sweep, TrainState
 
+__all__ = ["eval_step", "evaluate", "fit", "init_state", "sweep", "train_epoch", "train_step"]
 logger: logging.Logger = logging.getLogger(__name__)
-
-
-# Runs that a warning names.
-FEW = 4
 
 
 class Carry(NamedTuple):
@@ -78,19 +69,15 @@ def fit(
         config: Model, optimizer, loss and batches: what is fixed at compile time.
         epochs: Passes over the training set.
         start: A state to continue from, or the `best` of a run, whose parameters then start a new one.
-        callbacks: Functions called after each epoch with an `EpochEnd`; the run ends after an epoch for which one
-            returns True.
-        checkpoint: A directory to save every epoch to, and to resume from. A run that was killed resumes there and ends
-            with the same bytes as one that was not.
-        **hyperparameters: Numbers: fields of the model, such as `dropout_rate`, and arguments of the optimizer, such as
-            `learning_rate`.
+        callbacks: Called after each epoch with an `EpochEnd`; the run ends when one returns True.
+        checkpoint: Directory to save every epoch to. A run that was killed resumes there, and ends with the same bytes.
+        **hyperparameters: Fields of the model, such as `dropout_rate`, and arguments of the optimizer factory.
 
     Returns:
         The last state, the history as NumPy arrays [epochs], and the best parameters. Ctrl-C returns the run so far.
 
     Raises:
-        TypeError: An argument has the wrong type, or there is no such hyperparameter.
-        ValueError: An argument is out of range or has the wrong shape, or `checkpoint` belongs to another run.
+        TypeError, ValueError: An argument does not fit, or `checkpoint` belongs to another run.
         FloatingPointError: The run diverged: a loss is infinite or not a number.
         OSError: The checkpoint cannot be written, or another run is saving there.
 
@@ -128,23 +115,18 @@ def sweep(
     lanes_at_once: int | None = None,
     **hyperparameters: float | int | Sequence[float | int],
 ) -> Sweep:
-    """Train a network for every combination of hyperparameters and seeds, as one runs.
+    """Train a network for every combination of hyperparameters and seeds, as one program.
 
-    Each run draws what `fit` draws with `jax.random.key(seed)`: within a seed all runs share initial parameters, batch
-    order and the uniform numbers behind the dropout masks. Figures equal those of `fit` within rounding.
-
-    After `jax.distributed.initialize` call it in every process with the same arguments; each receives the whole result.
+    Each run draws what `fit` draws with `jax.random.key(seed)`: within a seed all share initial parameters, batch order
+    and the uniform numbers behind the dropout masks. With several processes, call it in each with the same arguments.
 
     Args:
         train: Training examples.
         validation: Validation examples.
         seeds: Seed of each run.
-        config: As for `fit`.
-        epochs: As for `fit`.
-        callbacks: As for `fit`.
-        checkpoint: As for `fit`; several processes must share the directory.
+        config, epochs, callbacks, checkpoint: As for `fit`; several processes must share the directory.
         devices: Devices to train on, all by default.
-        lanes_at_once: Runs that a device trains at the same time; by default 1 on a CPU and as many as fit on others.
+        lanes_at_once: Runs that a device trains together: by default 1 on a CPU, as many as fit on accelerators.
         **hyperparameters: As for `fit`; a sequence of numbers is an axis of the result.
 
     Returns:
@@ -152,8 +134,7 @@ def sweep(
         stays at its last good epoch, with a warning, and its history is NaN from then on.
 
     Raises:
-        TypeError, ValueError, OSError: As for `fit`.
-        FloatingPointError: Every run diverged.
+        TypeError, ValueError, OSError: As for `fit`; FloatingPointError only if every run diverged.
 
     >>> data = Batch(np.zeros((100, 28, 28), np.uint8), np.arange(100, dtype=np.int32) % 10)
     >>> result = sweep(data, data, seeds=range(3), dropout_rate=(0.0, 0.2), epochs=4)
@@ -198,12 +179,10 @@ def _train(
     if not isinstance(config, TrainConfig):
         raise TypeError(f"config must be a TrainConfig, got {config!r}")
     epochs = _checks.integer("epochs", epochs, 1)
-    functions = list(callbacks) if isinstance(callbacks, Iterable) else [None]
-    if any(isinstance(function, type) or not callable(function) for function in functions):
-        raise TypeError(f"callbacks must be a list of functions of an EpochEnd, got {callbacks!r}")
+    callbacks = _checks.functions("callbacks", callbacks)
     train, validation = _checks.batch("train", train), _checks.batch("validation", validation)
     lanes = [(key, complete(config, numbers)) for key, numbers in lanes]
-    _checks.experiment(config, param_shapes(config, train.images.shape[1:]), train, validation, lanes)
+    _checks.experiment(config, train, validation, lanes)
 
     size = config.train_eval_size or len(train.labels)
     train_eval = subset(train, size, key=jax.random.key(0)) if size < len(train.labels) else train
@@ -224,7 +203,7 @@ def _train(
         identity = identify(lanes, numbers, data, start, program=runs.digest(_epoch, carry))
         store = Store(checkpoint, identity=identity, hints=describe(config), writes=jax.process_index() == 0)
     with store:
-        run = _run_epochs(runs, carry, store, epochs, functions, axes, numbers)
+        run = _run_epochs(runs, carry, store, epochs, callbacks, axes, numbers)
     return _reshape(run, axes)
 
 
@@ -235,6 +214,10 @@ def _run_epochs(runs: Lanes, carry: Carry, store: Any, epochs: int, callbacks, a
         carry, rows = progress
         state, best = runs.fetch(carry)
         return Run(state, jax.tree.map(lambda *leaves: np.stack(leaves, axis=-1), *rows), best)
+
+    def save(*, last: bool = False) -> None:
+        losses = [np.nanmean(row.validation.loss) for row in progress[1]]
+        store.save(len(losses), so_far, best=1 + int(np.argmin(losses)), last=last)
 
     leaf: Any = 0
     saved, run = store.restore(Run(carry.state, History(leaf, Metrics(leaf, leaf), Metrics(leaf, leaf)), carry.best))
@@ -250,12 +233,12 @@ def _run_epochs(runs: Lanes, carry: Carry, store: Any, epochs: int, callbacks, a
         for epoch in range(saved + 1, epochs + 1):
             carry, row = runs.map(_epoch, progress[0], np.int32(epoch))
             row = runs.fetch(row)
-            _check_finite(row, progress[1], axes)
+            _checks.finite_epoch(row, progress[1], axes)
             progress = (carry, [*progress[1], row])
             fetch_state = functools.partial(lambda carry: _reshape(runs.fetch(carry.state), axes), carry)
             end = EpochEnd(epoch, epochs, axes, fixed, _reshape(row, axes), fetch_state)
             answers = [callback(end) for callback in callbacks]
-            store.save(epoch, so_far, best=_best_epoch(progress[1]))
+            save()
             # NumPy's comparisons give its own bool; what else is true, such as the result of a write, ends no run.
             if any(isinstance(answer, (bool, np.bool_)) and answer for answer in answers):
                 break
@@ -263,9 +246,8 @@ def _run_epochs(runs: Lanes, carry: Carry, store: Any, epochs: int, callbacks, a
         if not progress[1]:
             raise
         logger.warning("interrupted after epoch %d of %d; %s", len(progress[1]), epochs, store.advice)
-    run = so_far()
-    store.save(len(progress[1]), lambda: run, best=_best_epoch(progress[1]), last=True)
-    return run
+    save(last=True)
+    return so_far()
 
 
 def _start(key, numbers, carry: None, epoch, data: Data, *, config: TrainConfig) -> TrainState:
@@ -277,7 +259,8 @@ def _epoch(key, numbers, carry: Carry, epoch, data: Data, *, config: TrainConfig
     """Train one run for one epoch and evaluate it; a run whose losses are not finite stays where it was."""
     state, losses = train_epoch(carry.state, data.train, key, config=config, **numbers)
     params = state.params if config.eval_params is None else config.eval_params(state.opt_state, state.params)
-    on_train, on_validation = (evaluate(params, part, config=config) for part in (data.train_eval, data.validation))
+    measure = functools.partial(evaluate, params, config=config, **numbers)
+    on_train, on_validation = measure(data.train_eval), measure(data.validation)
     history = History(losses.mean(), on_train, on_validation)
 
     finite = jnp.isfinite(losses.mean() + on_train.loss + on_validation.loss)
@@ -298,26 +281,6 @@ def _started(start: TrainState | Best, fresh: Carry) -> Carry:
     if jax.tree.map(np.shape, state) != jax.tree.map(np.shape, fresh.state):
         raise ValueError("start does not fit the config: its optimizer state is another optimizer's")
     return Carry(state, fresh.best._replace(params=state.params))
-
-
-def _check_finite(row: History, rows: Sequence[History], axes: Mapping[str, Sequence[Any]]) -> None:
-    """Warn of the runs that have just diverged; raise FloatingPointError if no other is left."""
-    diverged = np.isnan(row.running_loss)
-    new = diverged & ~np.isnan(rows[-1].running_loss) if rows else diverged
-    if not new.any():
-        return
-    epoch = len(rows) + 1
-    if diverged.all():
-        raise FloatingPointError(f"training diverged in epoch {epoch}; a lower learning_rate may help")
-    values = list(itertools.product(*axes.values()))
-    lanes = ["(" + ", ".join(map("{}={}".format, axes, values[i])) + ")" for i in np.flatnonzero(new)]
-    listed = ", ".join(lanes[:FEW]) + (f" and {len(lanes) - FEW} more" if len(lanes) > FEW else "")
-    warnings.warn(f"{listed} diverged in epoch {epoch}; their history is NaN from there on", stacklevel=5)
-
-
-def _best_epoch(rows: Sequence[History]) -> int:
-    """Return the epoch with the lowest validation loss, averaged over the runs that have not diverged."""
-    return 1 + int(np.argmin([np.nanmean(row.validation.loss) for row in rows]))
 
 
 def _reshape(tree: Any, axes: Mapping[str, Sequence[Any]]) -> Any:

@@ -1,10 +1,10 @@
 """The values that travel: data, metrics, states and results. This module imports nothing of the package.
 
-A leaf is an array whose axes grow in front: [epochs] for a run, [..., epochs] with one axis a varied hyperparameter and
-one for the seeds for a sweep.
+A leaf is an array whose axes grow in front: [epochs] for a run, [*hyperparameters, seeds, epochs] for a sweep.
 """
 
 import dataclasses
+import reprlib
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -34,13 +34,10 @@ class Batch(NamedTuple):
 
 
 class Splits(NamedTuple):
-    """The official split: 60,000 training and 10,000 test images for Fashion-MNIST."""
+    """The official split, for Fashion-MNIST 60,000 training and 10,000 test images."""
 
     train: Batch
     test: Batch
-
-    def __repr__(self) -> str:
-        return f"Splits(\n  train={self.train!r},\n  test={self.test!r},\n)"
 
 
 class Metrics(NamedTuple):
@@ -94,6 +91,10 @@ class TrainState(NamedTuple):
     opt_state: Any
     step: Int[Array | np.ndarray, "*lanes"]
 
+    def __repr__(self) -> str:
+        size = sum(map(np.size, jax.tree.leaves(self.params)))
+        return f"TrainState({size:,} parameters, step {_mean(lambda: self.step, '.0f')})"
+
 
 class Best(NamedTuple):
     """The parameters after the epoch with the lowest validation loss: the result of early stopping.
@@ -109,9 +110,8 @@ class Best(NamedTuple):
     epoch: Int[Array | np.ndarray, "*lanes"]
 
     def __repr__(self) -> str:
-        if np.ndim(self.loss):
-            return f"Best({list(np.shape(self.loss))}, validation loss {np.mean(self.loss):.4f} on average)"
-        return f"Best(epoch {int(self.epoch)}, validation loss {float(self.loss):.4f})"
+        where = list(np.shape(self.loss)) or f"epoch {self.epoch}"
+        return f"Best({where}, validation loss {_mean(lambda: self.loss)})"
 
 
 class Run(NamedTuple):
@@ -128,12 +128,10 @@ class Run(NamedTuple):
     best: Best
 
     def __repr__(self) -> str:
-        epochs = np.shape(self.history.running_loss)[-1]
-        size = sum(np.size(leaf) for leaf in jax.tree.leaves(self.state.params))
-        return f"Run({epochs} epochs, {size:,} parameters,\n  last: {_last(self.history)},\n  best: {self.best!r})"
+        return f"Run({self.state!r},\n  {self.history!r},\n  best: {self.best!r})"
 
 
-@dataclasses.dataclass(frozen=True, repr=False)
+@dataclasses.dataclass(frozen=True, repr=False, eq=False)
 class Sweep:
     """Many trained networks; every leaf has the axes in `axes` in front.
 
@@ -149,7 +147,7 @@ class Sweep:
     history: History
     best: Best
 
-    def at(self, **values: float) -> Any:
+    def at(self, **values: float | int) -> Any:
         """Return the part of the sweep with the given values, such as `at(dropout_rate=0.2)`.
 
         Args:
@@ -161,11 +159,10 @@ class Sweep:
         Raises:
             KeyError: There is no such axis, or it has no such value.
 
-        >>> leaf = np.arange(6.0).reshape(2, 3, 1)
+        >>> leaf, step = np.arange(6.0).reshape(2, 3, 1), np.zeros((2, 3), int)
         >>> history = History(leaf, Metrics(leaf, leaf), Metrics(leaf, leaf))
-        >>> state = TrainState({}, (), np.zeros((2, 3), int))
-        >>> best = Best({}, np.zeros((2, 3)), np.ones((2, 3), int))
-        >>> result = Sweep({"dropout_rate": (0.0, 0.2), "seed": (0, 1, 2)}, state, history, best)
+        >>> axes = {"dropout_rate": (0.0, 0.2), "seed": (0, 1, 2)}
+        >>> result = Sweep(axes, TrainState({}, (), step), history, Best({}, leaf[..., 0], step))
         >>> result.at(dropout_rate=0.2).history.validation.loss.ravel().tolist()
         [3.0, 4.0, 5.0]
         """
@@ -197,60 +194,22 @@ class Sweep:
         )
 
     def __repr__(self) -> str:
-        axes = ", ".join(f"{name}={_some(values)}" for name, values in self.axes.items())
-        lanes = tuple(map(len, self.axes.values()))
-        epochs = np.shape(self.history.running_loss)[-1]
-        return f"Sweep({axes},\n  {np.prod(lanes)} runs of {epochs} epochs, last on average: {_last(self.history)})"
-
-
-class EpochEnd(NamedTuple):
-    """What a callback receives after each epoch.
-
-    Attributes:
-        epoch: The epoch that has ended, from 1.
-        epochs: The number of epochs asked for.
-        axes: Name and values of each axis of a sweep; empty for `fit`.
-        hyperparameters: The numbers that do not vary.
-        history: Metrics of this epoch, leaves [*axes].
-        fetch_state: Returns the state after the epoch, leaves [*axes, ...], copied to the host. With several processes
-            every one has to call it.
-    """
-
-    epoch: int
-    epochs: int
-    axes: Mapping[str, tuple[Any, ...]]
-    hyperparameters: Mapping[str, float]
-    history: History
-    fetch_state: Callable[[], TrainState]
-
-    def rows(self) -> list[dict[str, Any]]:
-        """Return one flat dictionary a run: hyperparameters, seed, epoch, and the five metrics.
-
-        >>> end = EpochEnd(1, 2, {}, {"dropout_rate": 0.2}, History(0.1, Metrics(0.2, 0.9), Metrics(0.3, 0.8)), dict)
-        >>> end.rows()[0]["dropout_rate"], end.rows()[0]["validation_loss"]
-        (0.2, 0.3)
-        """
-        rows = []
-        for index in np.ndindex(*map(len, self.axes.values())):
-            lane = {name: values[i] for (name, values), i in zip(self.axes.items(), index, strict=True)}
-            curves = {name: float(np.asarray(curve)[index]) for name, curve in self.history.curves().items()}
-            rows.append({**self.hyperparameters, **lane, "epoch": self.epoch, **curves})
-        return rows
-
-
-Callback = Callable[[EpochEnd], bool | None]
+        axes = ", ".join(f"{name}={reprlib.repr(values)}" for name, values in self.axes.items())
+        return f"Sweep({axes},\n  {self.history!r})"
 
 
 def _shape(array: Any) -> str:
-    return f"{array.dtype}{list(array.shape)}" if hasattr(array, "shape") else type(array).__name__
+    return f"{array.dtype}{list(array.shape)}" if hasattr(array, "dtype") else type(array).__name__
 
 
 def _last(history: History) -> str:
-    if not np.size(history.running_loss):
-        return "no epoch"
-    words = {name.replace("_", " "): float(np.mean(np.asarray(c)[..., -1:])) for name, c in history.curves().items()}
-    return ", ".join(f"{name} {value:.4f}" for name, value in words.items())
+    curves = history.curves().items()
+    last = {name.replace("_", " "): _mean(lambda c=curve: np.atleast_1d(c)[..., -1]) for name, curve in curves}
+    return ", ".join(f"{name} {value}" for name, value in last.items())
 
 
-def _some(values: tuple[Any, ...]) -> str:
-    return str(values) if len(values) <= 6 else f"({values[0]}, {values[1]}, ..., {values[-1]}; {len(values)} values)"
+def _mean(leaf: Callable[[], Any], form: str = ".4f") -> str:
+    try:
+        return format(np.mean(np.asarray(leaf())), form)
+    except Exception:  # No epoch; a tree of tracers, or of anything else that `jax.tree.map` makes.
+        return "?"

@@ -28,7 +28,7 @@ run = fit(train, test, key=jax.random.key(0), dropout_rate=0.2, epochs=1, checkp
 accuracy = run.history.validation.accuracy[-1]
 assert accuracy > 0.8, accuracy
 interop.save_safetensors("network.safetensors", run.state.params)
-plot.losses({"dropout 0.2": run.history}).savefig("losses.png")
+plot.save(plot.losses({"dropout 0.2": run.history}), "losses.png")
 print(
     f"Python {platform.python_version()}, jax {jax.__version__}: {len(modules)} modules, "
     f"accuracy {accuracy:.4f} after an epoch"

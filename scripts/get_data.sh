@@ -1,28 +1,30 @@
 #!/bin/sh
-# Make sure that Fashion-MNIST is on this machine: from what is there, from its own host, or from Debian's package.
-# Usage: get_data.sh PYTHON. Needs no root.
+# Make sure that Fashion-MNIST is on this machine, if need be from Debian's package. Needs no root.
+# Usage: get_data.sh PYTHON
 set -eu
-python=$1
-
-if "$python" -m fashion_jax.data; then
-    exit 0
-fi
-command -v apt-get >/dev/null && command -v dpkg-deb >/dev/null || exit 1
-
-echo "nothing to do about that yet: fetching Debian's package dataset-fashion-mnist, which holds the same files" >&2
-cache=${XDG_CACHE_HOME:-$HOME/.cache}/fashion_jax
 work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT INT TERM
-cd "$work"
-mkdir -p lists/partial archives/partial
-apt="apt-get -q -o Dir::State::Lists=$work/lists -o Dir::Cache=$work -o APT::Sandbox::User=$(id -un) -o Debug::NoLocking=1"
-$apt update >&2
-$apt download dataset-fashion-mnist >&2
-dpkg-deb -x dataset-fashion-mnist_*.deb unpacked
+trap 'rm -rf "$work"' EXIT
+trap 'exit 130' INT TERM
+
+status=0
+"$1" -m fashion_jax.data 2>"$work/log" || status=$?
+if ! { grep -q '^error: no Fashion-MNIST' "$work/log" && command -v apt-get && command -v dpkg-deb; } >/dev/null; then
+    cat "$work/log" >&2
+    exit $status
+fi
+
+sed -n "s/^error: \(.*\); .*/\1; taking Debian's package dataset-fashion-mnist instead/p" "$work/log" >&2
+mkdir -p "$work/lists/partial" "$work/archives/partial"
+apt="apt-get -qq -o Dir::State::Lists=$work/lists -o Dir::Cache=$work -o APT::Sandbox::User=$(id -un) -o Debug::NoLocking=1"
+if ! (cd "$work" && $apt update && $apt download dataset-fashion-mnist && dpkg-deb -x dataset-*.deb .) >&2; then
+    cat "$work/log" >&2
+    exit 1
+fi
+cache=${XDG_CACHE_HOME:-$HOME/.cache}/fashion_jax
 mkdir -p "$cache"
-for file in unpacked/usr/share/datasets/fashion-mnist/*.gz; do
+for file in "$work"/usr/share/datasets/fashion-mnist/*.gz; do
+    # Whole or absent, however this script ends.
     cp "$file" "$cache/.$(basename "$file").part"
     mv "$cache/.$(basename "$file").part" "$cache/$(basename "$file")"
 done
-cd - >/dev/null
-exec "$python" -m fashion_jax.data
+"$1" -m fashion_jax.data

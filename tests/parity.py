@@ -1,174 +1,127 @@
-"""Run both programs side by side: the same weights, batches and dropout masks, step by step.
+"""The tutorial's network twice more: by hand in float64 NumPy, and in PyTorch, trained beside `train_step`."""
 
-`test_parity.py` calls it; as a script, `JAX_ENABLE_X64=1 python tests/parity.py STEPS RATE...`, it runs in double
-precision and prints what it measured, a line of JSON for each dropout rate.
-"""
-
-import contextlib
-import json
-import sys
+from collections.abc import Callable
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+from torch.nn.functional import linear, log_softmax, nll_loss, relu
 
-from benchmarks.reference import TutorialMLP, set_params, standardise
-from fashion_jax import Batch, TrainConfig, load
-from fashion_jax.model import Dropout
-from fashion_jax.train import TrainState, evaluate, init_state, train_step
+from fashion_jax.config import TrainConfig
+from fashion_jax.model import Dropout, FashionMLP
+from fashion_jax.steps import evaluate, init_state, train_step
+from fashion_jax.types import Batch, Splits
 
-BATCH_SIZE = 64
-HIDDEN = ("fc1", "fc2", "fc3")
-SHORT = 32  # 60,000 images leave 32 for the last of 938 batches.
-
-
-class GivenMasks(torch.nn.Module):
-    """Dropout whose masks were drawn elsewhere."""
-
-    def __init__(self, rate: float):
-        super().__init__()
-        self.rate, self.masks = rate, []
-
-    def forward(self, x):
-        if not self.training:
-            return x
-        return x * self.masks.pop(0)[: len(x)] / (1 - self.rate)
+KEY = jax.random.key(0)
+LEARNING_RATE = 0.003
+BATCH_SIZE, SHORT = 64, 32  # 60,000 images leave 32 for the last of 938 batches.
 
 
-@contextlib.contextmanager
-def capturing(masks: list, signs: list):
-    """Hand over what the compiled step really draws and decides: each dropout mask, and each hidden unit's sign."""
+def loss_and_gradient(params, batch: Batch) -> tuple[float, np.ndarray, Callable[[], dict[str, Any]]]:
+    """Return the mean loss, log-probabilities and gradient (if called) of the network without dropout, in float64."""
+    params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+    n, layers = len(batch.labels), list(params.values())
+    inputs = [((np.asarray(batch.images, np.float64) / 255 - 0.5) / 0.5).reshape(n, -1)]
+    for layer in layers[:-1]:
+        inputs.append(np.maximum(inputs[-1] @ layer["kernel"] + layer["bias"], 0))
+    logits = inputs[-1] @ layers[-1]["kernel"] + layers[-1]["bias"]
+    log_probs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
 
-    def intercept(method, args, kwargs, context):
-        result = method(*args, **kwargs)
-        if isinstance(context.module, Dropout) and context.method_name == "keep_mask":
-            jax.debug.callback(lambda mask: masks.append(torch.tensor(np.array(mask))), result, ordered=True)
-        if context.module.name in HIDDEN and context.method_name == "__call__":
-            jax.debug.callback(lambda on: signs.append(np.array(on)), result > 0, ordered=True)
-        return result
+    def gradient():
+        delta, found = (np.exp(log_probs) - np.eye(log_probs.shape[1])[np.asarray(batch.labels)]) / n, {}
+        for name, x in reversed(list(zip(params, inputs, strict=True))):
+            found[name] = {"kernel": x.T @ delta, "bias": delta.sum(axis=0)}
+            delta = delta @ params[name]["kernel"].T * (x > 0)
+        return found
 
-    # The interceptor works while the step is traced, so the step is traced anew, and forgotten afterwards.
-    jax.clear_caches()
-    try:
-        with nn.intercept_methods(intercept):
-            yield
-    finally:
-        jax.clear_caches()
+    return -log_probs[np.arange(n), np.asarray(batch.labels)].mean(), log_probs, gradient
 
 
-def largest(first, second) -> float:
-    """Largest absolute difference between two trees of arrays."""
-    differences = jax.tree.map(
-        lambda a, b: np.abs(np.asarray(a, np.float64) - np.asarray(b, np.float64)).max(), first, second
+def torch_metrics(params, images, labels, masks, rate: float) -> tuple[torch.Tensor, float]:
+    """Return loss and accuracy from PyTorch; the masks of dropout come from outside."""
+    dtype = params["fc1"]["bias"].dtype
+    x = ((torch.tensor(images).to(dtype) / 255 - 0.5) / 0.5).flatten(1)
+    for layer, mask in zip(("fc1", "fc2", "fc3"), masks, strict=True):
+        x = relu(linear(x, params[layer]["kernel"].T, params[layer]["bias"])) * torch.tensor(mask) / (1 - rate)
+    log_probs = log_softmax(linear(x, params["fc4"]["kernel"].T, params["fc4"]["bias"]), dim=1)
+    labels = torch.tensor(labels, dtype=torch.int64)
+    return nll_loss(log_probs, labels), (log_probs.argmax(dim=1) == labels).double().mean().item()
+
+
+def to_torch(tree):
+    return jax.tree.map(lambda leaf: torch.tensor(np.asarray(leaf)), tree)
+
+
+def put(state, params, adam: torch.optim.Adam) -> None:
+    """Bring PyTorch's parameters and moments to where a `TrainState` stands."""
+    moments = jax.tree.leaves(state.opt_state, is_leaf=lambda node: hasattr(node, "mu"))[0]
+    trees = map(jax.tree.leaves, (params, *map(to_torch, (state.params, moments.mu, moments.nu))))
+    for tensor, value, first, second in zip(*trees, strict=True):
+        tensor.data = value
+        step = torch.tensor(float(moments.count))
+        adam.state[tensor] = {"step": step, "exp_avg": first, "exp_avg_sq": second}
+
+
+def draw_masks(params, images, key, rate: float) -> list[Any]:
+    """Return the masks of a step: what becomes of hidden units that are all 1."""
+    ones = jax.tree.map(lambda leaf: jnp.full_like(leaf, leaf.ndim == 1), params)
+    _, seen = FashionMLP(dropout_rate=rate).apply(
+        {"params": ones},
+        images,
+        deterministic=False,
+        rngs={"dropout": key},
+        capture_intermediates=lambda module, _: isinstance(module, Dropout),
+        mutable=["intermediates"],
     )
-    return float(max(jax.tree.leaves(differences)))
+    return [seen["intermediates"][f"dropout{i}"]["__call__"][0] != 0 for i in (1, 2, 3)]
 
 
-def as_params(named) -> dict[str, Any]:
-    """Lay PyTorch's tensors out as Flax does."""
-    layers: dict[str, Any] = {}
-    for name, tensor in named:
-        layer, kind = name.split(".")
-        array = tensor.detach().numpy()
-        layers.setdefault(layer, {})["kernel" if kind == "weight" else "bias"] = array.T
-    return layers
+def flat(tree) -> np.ndarray:
+    return np.concatenate([np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(tree)])
 
 
-def set_state(model: TutorialMLP, optimiser: torch.optim.Adam, state: TrainState) -> None:
-    """Put the PyTorch side where the JAX side stands."""
-    set_params(model, state.params)
-    for moment, name in ((state.opt_state[0].mu, "exp_avg"), (state.opt_state[0].nu, "exp_avg_sq")):
-        for layer, leaves in moment.items():
-            linear = model.get_submodule(layer)
-            optimiser.state[linear.weight][name].copy_(torch.tensor(np.asarray(leaves["kernel"]).T))
-            optimiser.state[linear.bias][name].copy_(torch.tensor(np.asarray(leaves["bias"])))
+def compare(splits: Splits, rate: float, *, steps: int, optimizer, lockstep: bool) -> dict[str, np.ndarray]:
+    """Train `steps` full batches and a short one in both programs, and evaluate; return how far they are apart.
 
-
-def compare(rate: float, steps: int) -> dict[str, float]:
-    """Train `steps` full batches and one short one on both sides; return the largest differences seen.
-
-    A unit whose input is 0 within rounding is on for one program and off for the other, and both are right; Adam turns
-    that into another network within tens of steps, in PyTorch against itself as well (see `benchmarks/README.md`). So
-    after a step in which a sign differed, both sides go on from the same state; how often is counted.
+    With `lockstep`, PyTorch starts each step from JAX's state, instead of running free.
     """
-    dtype = torch.float64 if jax.config.jax_enable_x64 else torch.float32
-    splits = load()
-    # The evaluation's last chunk is a short one as well: 10,000 = 6 * 1,500 + 1,000.
-    config = TrainConfig(batch_size=BATCH_SIZE, eval_batch_size=1_500)
-    key = jax.random.key(0)
-    state = init_state(key, config=config)
+    config = TrainConfig(optimizer=optimizer, eval_batch_size=1_500)
+    numbers = {"dropout_rate": rate, "learning_rate": LEARNING_RATE}
     order = np.random.default_rng(0).permutation(60_000)
+    masks_of = jax.jit(draw_masks, static_argnums=3)
 
-    model = TutorialMLP(rate).to(dtype)
-    model.dropout = given = GivenMasks(rate)
-    torch_signs: list[np.ndarray] = []
-    for name in HIDDEN:
-        model.get_submodule(name).register_forward_hook(lambda *seen: torch_signs.append((seen[-1] > 0).numpy()))
-    set_params(model, state.params)
-    optimiser = torch.optim.Adam(model.parameters(), lr=config.learning_rate)
-    model.train()
+    state = init_state(KEY, config=config, **numbers)
+    params = jax.tree.map(torch.nn.Parameter, to_torch(state.params))
+    adam = torch.optim.Adam(jax.tree.leaves(params), lr=LEARNING_RATE)
+    apart = {"loss": [], "accuracy": [], "parameters": [], "update": []}
+    for step in range(steps + 1):
+        rows = order[step * BATCH_SIZE : (step + 1) * BATCH_SIZE]
+        n = SHORT if step == steps else BATCH_SIZE
+        batch = Batch(jnp.array(splits.train.images[rows]), jnp.array(splits.train.labels[rows]))
+        weights = (jnp.arange(BATCH_SIZE) < n).astype(float)
+        key = jax.random.fold_in(KEY, step)
+        masks = [np.array(mask[:n]) for mask in masks_of(state.params, batch.images, key, rate)]
+        if lockstep:
+            put(state, params, adam)
+        before = flat(state.params)
+        state, metrics = train_step(state, batch, key, config=config, weights=weights, **numbers)
 
-    worst = dict.fromkeys(("loss (relative)", "parameters", "Adam's first moment", "Adam's second moment"), 0.0)
-    masks_seen, steps_with_a_sign, signs = 0, 0, []
-    with capturing(given.masks, signs):
-        for step in range(steps + 1):
-            rows = order[step * BATCH_SIZE : (step + 1) * BATCH_SIZE]
-            n = SHORT if step == steps else BATCH_SIZE
-            batch = Batch(jnp.array(splits.train.images[rows]), jnp.array(splits.train.labels[rows]))
-            weights = (jnp.arange(BATCH_SIZE) < n).astype(float)
-            state, metrics = train_step(
-                state, batch, jax.random.fold_in(key, step), config=config, dropout_rate=rate, weights=weights
-            )
-            jax.effects_barrier()
-            masks_seen += len(given.masks)
+        loss, accuracy = torch_metrics(
+            params, splits.train.images[rows[:n]], splits.train.labels[rows[:n]], masks, rate
+        )
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
 
-            images = standardise(torch.tensor(splits.train.images[rows[:n]]), dtype)
-            labels = torch.tensor(splits.train.labels[rows[:n]], dtype=torch.int64)
-            loss = torch.nn.functional.nll_loss(model(images), labels)
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
+        ours, theirs = flat(state.params), flat(jax.tree.map(torch.Tensor.detach, params))
+        apart["loss"].append(abs(float(metrics.loss) / loss.item() - 1))
+        apart["accuracy"].append(abs(float(metrics.accuracy) - accuracy))
+        apart["parameters"].append(abs(ours - theirs).max())
+        apart["update"].append(np.linalg.norm(ours - theirs) / np.linalg.norm(ours - before))
 
-            worst["loss (relative)"] = max(worst["loss (relative)"], abs(float(metrics.loss) / loss.item() - 1))
-            if any((ours[:n] != theirs).any() for ours, theirs in zip(signs, torch_signs, strict=True)):
-                steps_with_a_sign += 1
-                set_state(model, optimiser, state)
-            else:
-                adam = state.opt_state[0]
-                moments = [[optimiser.state[p][kind] for p in model.parameters()] for kind in ("exp_avg", "exp_avg_sq")]
-                names = [name for name, _ in model.named_parameters()]
-                for measure, ours, theirs in (
-                    ("parameters", state.params, list(model.parameters())),
-                    ("Adam's first moment", adam.mu, moments[0]),
-                    ("Adam's second moment", adam.nu, moments[1]),
-                ):
-                    difference = largest(ours, as_params(zip(names, theirs, strict=True)))
-                    worst[measure] = max(worst[measure], difference)
-            signs.clear()
-            torch_signs.clear()
-    assert masks_seen == 3 * (steps + 1)
-    assert not given.masks
-
-    count = int(optimiser.state[model.fc1.weight]["step"])
-    measured = evaluate(state.params, jax.tree.map(jnp.array, splits.test), config=config)
-    set_params(model, state.params)
-    model.eval()
-    with torch.no_grad():
-        log_probs = model(standardise(torch.tensor(splits.test.images), dtype))
-    labels = torch.tensor(splits.test.labels, dtype=torch.int64)
-    loss = torch.nn.functional.nll_loss(log_probs, labels).item()
-    accuracy = (log_probs.argmax(dim=1) == labels).to(torch.float64).mean().item()
-    return worst | {
-        "Adam's step count": abs(int(state.opt_state[0].count) - count),
-        "evaluation loss (relative)": abs(float(measured.loss) / loss - 1),
-        "evaluation accuracy": abs(float(measured.accuracy) - accuracy),
-        "steps with a sign that differed": steps_with_a_sign,
-    }
-
-
-if __name__ == "__main__":
-    for rate in sys.argv[2:]:
-        print(json.dumps(compare(float(rate), int(sys.argv[1]))))
+    measured = evaluate(state.params, Batch(*map(jnp.array, splits.test)), config=config)
+    loss, accuracy = torch_metrics(to_torch(state.params), *splits.test, [1, 1, 1], 0.0)
+    apart["evaluation"] = [abs(float(measured.loss) / loss.item() - 1), abs(float(measured.accuracy) - accuracy)]
+    return {name: np.array(values) for name, values in apart.items()}

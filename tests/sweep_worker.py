@@ -1,48 +1,101 @@
-"""One process of a sweep on forced CPU devices; `test_sweep.py` starts one or several.
+"""A process that trains, and what the tests of runs share.
 
-Usage: sweep_worker.py DEVICES OUTPUT [COORDINATOR PROCESSES PROCESS]
+Usage: sweep_worker.py OPTIONS, the arguments of `main` as JSON.
 """
 
+import itertools
+import json
 import logging
 import os
 import signal
+import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
+import optax
 
-from fashion_jax import TrainConfig, data
-from fashion_jax import sweep as sweeps
-from fashion_jax.sweep import join_machines, sweep
+from fashion_jax import Batch, FashionMLP, TrainConfig, devices
+from fashion_jax.train import fit, sweep
 
-SEEDS, RATES, EPOCHS = (0, 3, 4), (0.0, 0.5), 2
+ROOT = Path(__file__).parents[1]
+CONFIG = TrainConfig(model=FashionMLP(hidden=(16,)), optimizer=optax.adamw, train_eval_size=150)
 
 
-def main(devices: str, output: str, *machines: str) -> None:
-    jax.config.update("jax_num_cpu_devices", int(devices))
+def parts(small: Batch, splits) -> tuple[Batch, Batch]:
+    """Four steps an epoch, the last one with 8 images."""
+    return Batch(*(leaf[:200] for leaf in small)), Batch(*(leaf[:300] for leaf in splits.test))
+
+
+def leaves(result) -> list[np.ndarray]:
+    """The arrays of a `Run` or a `Sweep`."""
+    return [np.asarray(leaf) for leaf in jax.tree.leaves((result.state, result.history, result.best))]
+
+
+def equal(first, second) -> None:
+    """Bit by bit."""
+    for a, b in zip(leaves(first), leaves(second), strict=True):
+        assert (a.dtype, a.shape) == (b.dtype, b.shape)
+        np.testing.assert_array_equal(a, b)
+
+
+def run(*options: dict) -> list[subprocess.CompletedProcess]:
+    """Start a process for each, and wait for all. Sets are ordered differently in each."""
+    started, finished = [], []
+    try:
+        for number, own in enumerate(options, start=1):
+            environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONHASHSEED": str(number)}
+            command = [sys.executable, __file__, json.dumps(own, default=str)]
+            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+            started.append(subprocess.Popen(command, cwd=ROOT, env=environment, **pipes))
+        for process in started:
+            out, errors = process.communicate(timeout=300)
+            finished.append(subprocess.CompletedProcess(process.args, process.returncode, out, errors))
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+    return finished
+
+
+def main(*, data, arguments, output=None, cpus=1, use=(0, None), machines=(), die_in="", die_at=0) -> None:
+    """Train on the arrays in a file, and die at a call of `report` ("epoch") or of a function of `os`.
+
+    `use` is a slice of the devices; `machines` are the arguments of `join_machines`.
+    """
+    jax.config.update("jax_num_cpu_devices", cpus)
     if machines:
-        coordinator, processes, process = machines
-        # So that a test need not wait for long; a busy machine's processes keep to it.
-        sweeps.HEARTBEAT_SECONDS = 10
-        join_machines(coordinator, int(processes), int(process))
-    train, test = data.load()
-    train, validation = (data.subset(part, 1_000, key=jax.random.key(7)) for part in (train, test))
+        devices.HEARTBEAT_SECONDS = 10
+        devices.join_machines(*machines)
+    with np.load(data) as file:
+        arrays = [file[name] for name in file.files]
+    calls, real = itertools.count(1), getattr(os, die_in, None)
 
-    def on_epoch(end):
-        if os.environ.get("STOP"):
-            raise KeyboardInterrupt
-        if end.epoch == 1 and os.environ.get("DIE") == str(jax.process_index()):
+    def die(*given, **named):
+        if next(calls) == die_at:
             os.kill(os.getpid(), signal.SIGKILL)
+        return real(*given, **named)
 
-    config = TrainConfig(hidden=(int(os.environ["HIDDEN"]),)) if "HIDDEN" in os.environ else TrainConfig()
-    options = {"seeds": SEEDS, "dropout_rates": RATES, "epochs": EPOCHS, "checkpoint": os.environ.get("CHECKPOINT")}
-    run = sweep(train, validation, config=config, on_epoch=on_epoch, **options)
-    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves((run.history, run.state.params))]
-    np.savez(output, *leaves)
+    def report(end):
+        if die_in == "epoch" and next(calls) == die_at:
+            # As abrupt, four milliseconds later: while it saves, or trains.
+            signal.setitimer(signal.ITIMER_REAL, 0.004)
+
+    if real:
+        setattr(os, die_in, die)
+    options = {"config": CONFIG, "callbacks": [report], **arguments}
+    if "seeds" in arguments:
+        options["devices"] = jax.devices()[slice(*use)]
+    else:
+        options["key"] = jax.random.key(options["key"])
+    result = (sweep if "seeds" in arguments else fit)(Batch(*arrays[:2]), Batch(*arrays[2:]), **options)
+    if output:
+        np.savez(output, *leaves(result))
     print(f"{jax.process_count()} processes, {jax.device_count()} devices", flush=True)
 
 
 if __name__ == "__main__":
     logging.basicConfig(format="%(message)s")
     logging.getLogger("fashion_jax").setLevel(logging.INFO)
-    main(*sys.argv[1:])
+    main(**json.loads(sys.argv[1]))

@@ -1,309 +1,342 @@
-"""The data set from every source, and from sources that are damaged or not there. Files and servers are real."""
+"""The data set from every source, damaged and missing ones too, and its parts. Files, hosts and processes are real."""
 
+import contextlib
 import gzip
+import hashlib
 import logging
-import socket
+import os
 import subprocess
 import sys
-import time
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from unittest import mock
 
 import jax
 import numpy as np
 import pytest
-from sources import idx_bytes, replace
 
-from fashion_jax import Batch, data
+from fashion_jax import data, sources
+from fashion_jax.types import Batch, Splits
 
 KEY = jax.random.key(0)
-IMAGES, LABELS, TEST_IMAGES, TEST_LABELS = data.DIGESTS
+NAMES = tuple(sources.DIGESTS)
+CACHE = ".cache/fashion_jax"
+TFDS = "tensorflow_datasets"
+
+
+def idx_bytes(array) -> bytes:
+    return bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes() + array.astype(np.uint8).tobytes()
+
+
+def published(splits) -> dict[str, bytes]:
+    return dict(zip(NAMES, map(idx_bytes, (*splits.train, *splits.test)), strict=True))
+
+
+def write(place: Path, files) -> Path:
+    for name, content in files.items():
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        (place / name).write_bytes(content)
+    return place
+
+
+def digests(place: Path) -> dict[str, str]:
+    paths = [path for path in place.rglob("*") if path.is_file()]
+    return {str(path.relative_to(place)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
 
 def assert_same(first, second):
-    for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
-        assert a.dtype == b.dtype
-        np.testing.assert_array_equal(a, b)
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
+@pytest.fixture
+def tiny(splits, monkeypatch, tmp_path) -> Splits:
+    """Fifty images that count as the published ones, and a user without data and network, at home in `tmp_path`."""
+    for variable in ("XDG_CACHE_HOME", "TFDS_DATA_DIR", "FASHION_JAX_DATA", "http_proxy", "HTTP_PROXY"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(sources, "DEBIAN_DIR", tmp_path / "debian")
+    monkeypatch.setattr(sources, "URL", "http://127.0.0.1:9/")
+    parts = Splits(*(Batch(batch.images[:n], batch.labels[:n]) for batch, n in zip(splits, (30, 20), strict=True)))
+    for name, content in published(parts).items():
+        monkeypatch.setitem(sources.DIGESTS, name, hashlib.sha256(content).hexdigest())
+    return parts
+
+
+@contextlib.contextmanager
+def host(monkeypatch, answer):
+    """Serve `answer(name, n)`, the whole response to the n-th request for a file, or None to fall silent."""
+    requests, end = [], threading.Event()
+
+    class Handler(BaseHTTPRequestHandler):  # It answers HEAD with 501, as some proxies do.
+        def do_GET(self):
+            requests.append(self.path.strip("/").removesuffix(".gz"))
+            response = answer(requests[-1], requests.count(requests[-1]))
+            self.wfile.write(response) if response is not None else end.wait()
+
+        def log_message(self, format, *args):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
+        monkeypatch.setattr(sources, "URL", f"http://127.0.0.1:{server.server_port}/")
+        monkeypatch.setattr(sources, "PROBE_SECONDS", 60)
+        try:
+            yield requests
+        finally:
+            end.set()
+            server.shutdown()
+
+
+def whole(content: bytes) -> bytes:
+    return b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(content) + content
 
 
 def test_what_is_loaded(splits):
-    assert splits.train.images.shape == (60_000, 28, 28)
-    assert splits.test.images.shape == (10_000, 28, 28)
-    assert splits.train.images.dtype == np.uint8
     assert splits.train.labels.dtype == np.int32
     assert np.bincount(splits.train.labels).tolist() == [6_000] * 10
     assert np.bincount(splits.test.labels).tolist() == [1_000] * 10
-    assert len(data.CLASS_NAMES) == 10
     # The first training image is a boot, the second a T-shirt: order and names agree.
     assert [data.CLASS_NAMES[label] for label in splits.train.labels[:2]] == ["Ankle boot", "T-shirt/top"]
     assert not any(leaf.flags.writeable for leaf in jax.tree.leaves(splits))
 
 
-@pytest.mark.parametrize("source", ["auto", "idx"])
-def test_files_in_a_directory(idx_dir, gzip_dir, splits, nothing, source):
-    assert_same(data.load(idx_dir, source=source), splits)
-    assert_same(data.load(str(gzip_dir), source=source), splits)
+@pytest.mark.parametrize("layout", ["{}", "{}.gz", "FashionMNIST/raw/{}", "raw/{}.gz", "{0}/{0}", "{0}.gz/{0}"])
+@pytest.mark.parametrize("near", [False, True])
+@pytest.mark.parametrize("compress", [bytes, gzip.compress])
+def test_layouts_of_a_directory(tiny, tmp_path, layout, near, compress):
+    files = {layout.format(n.replace("-idx", ".idx") if near else n): compress(c) for n, c in published(tiny).items()}
+    place = write(tmp_path / "größe 1 データ", files)
+    before = digests(place)
+    assert_same(data.load(place), tiny)
+    assert digests(place) == before
 
 
-def test_the_variable_names_the_directory(idx_dir, splits, nothing, monkeypatch, caplog):
-    monkeypatch.setenv(data.DATA_VARIABLE, str(idx_dir))
-    with caplog.at_level(logging.INFO, "fashion_jax"):
-        assert_same(data.load(), splits)
-    assert [record.message for record in caplog.records] == [f"Fashion-MNIST from the IDX files in {idx_dir}"]
+def test_places_and_their_order(tiny, tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO, "fashion_jax")
+    for place in (sources.DEBIAN_DIR, tmp_path / CACHE, tmp_path / "xdg" / "fashion_jax", tmp_path / "files"):
+        write(place, published(tiny))
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg") if place.parent.name == "xdg" else "")
+        monkeypatch.setenv("FASHION_JAX_DATA", "~/files" if place.name == "files" else "")
+        assert_same(data.load(), tiny)
+        assert caplog.messages[-1] == f"Fashion-MNIST from {place}"
 
 
-def test_torchvision_s_directory(idx_dir, splits, nothing):
-    (nothing / "FashionMNIST").mkdir()
-    (nothing / "FashionMNIST" / "raw").symlink_to(idx_dir)
-    assert_same(data.load(nothing), splits)
+def flip(content: bytes, at: int = -5) -> bytes:
+    return content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
 
 
-def test_the_user_s_cache_and_debian_s_directory(idx_dir, gzip_dir, splits, nothing, monkeypatch):
-    monkeypatch.setattr(data, "DEBIAN_DIR", gzip_dir)
-    assert_same(data.load(), splits)
-    data.cache_dir().parent.mkdir(parents=True)
-    data.cache_dir().symlink_to(idx_dir)
-    monkeypatch.setattr(data, "DEBIAN_DIR", nothing / "no")
-    assert_same(data.load(), splits)
+# Made from the old content: new content, a link, or nothing.
+DAMAGE = {
+    "flipped pixel": (flip, "{path} does not hold the published {name}, but SHA-256 .*; fetch it again"),
+    "cut off": (lambda content: content[:-1], "{path} is damaged, .* cannot reshape"),
+    "no IDX": (lambda content: b"PNG!" + content[4:], "{path} .* no IDX file .* it starts with 50 4e 47 21"),
+    "half a header": (lambda content: content[:6], "{path} .* smaller than requested"),
+    "dimensions": (lambda content: b"\0\0\x08\xff" + bytes(4) + b"\xff" * 4 * 254, "{path} .* supported dimension"),
+    "empty": (lambda content: b"", "{path} .* it starts with nothing"),
+    "gzip cut off": (lambda content: gzip.compress(content)[:-9], "{path} .* ended before the end-of-stream"),
+    "gzip changed": (lambda content: gzip.compress(content)[:-7] + b"1234567", "{path} .* CRC check failed"),
+    "gzip of flipped": (lambda content: gzip.compress(flip(content)), "{path} does not hold the published {name}"),
+    "unreadable": (lambda content: "/proc/self/mem", "Input/output error"),
+    "missing": (lambda content: None, "{path.parent} lacks {name}; it holds t"),
+}
 
 
-def test_the_user_s_directories_are_where_the_variables_say(nothing, idx_dir, splits, monkeypatch):
-    home = nothing / "home"
-    assert data.cache_dir() == home / ".cache" / "fashion_jax"
-    assert data._tfds_dirs(None) == [home / "tensorflow_datasets"]
-    monkeypatch.setenv("XDG_CACHE_HOME", str(nothing / "cache"))
-    monkeypatch.setenv("TFDS_DATA_DIR", "~/tfds")
-    assert data.cache_dir() == nothing / "cache" / "fashion_jax"
-    assert data._tfds_dirs(None) == [home / "tfds"]
-    assert data._tfds_dirs(nothing) == [nothing, home / "tfds"]
-    home.mkdir()
-    (home / "files").symlink_to(idx_dir)
-    assert_same(data.load("~/files"), splits)
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damaged_files(tiny, tmp_path, caplog, kind, name):
+    """In the user's directory they are an error, even in the one that is the cache; elsewhere they are passed over."""
+    change, message = DAMAGE[kind]
+    write(sources.DEBIAN_DIR, files := published(tiny))
+    path = write(tmp_path / CACHE, files) / name
+    path.unlink()
+    damaged = change(files[name])
+    if damaged is not None:
+        path.symlink_to(damaged) if isinstance(damaged, str) else path.write_bytes(damaged)
+    before = {file: file.lstat().st_mtime_ns for file in path.parent.iterdir()}
+    with pytest.raises((ValueError, OSError), match=message.format(path=path, name=name)):
+        data.load(path.parent)
+    assert_same(data.load(), tiny)
+    assert caplog.messages[-1].startswith("passing over ")
+    assert {file: file.lstat().st_mtime_ns for file in path.parent.iterdir()} == before
+    # A sound copy beside it is enough.
+    write(path.parent, {f"{name}.gz": gzip.compress(files[name])})
+    assert_same(data.load(path.parent), tiny)
 
 
-def test_an_empty_directory_falls_back(idx_dir, splits, nothing, monkeypatch):
-    monkeypatch.setattr(data, "DEBIAN_DIR", idx_dir)
-    assert_same(data.load(nothing), splits)
-
-
-@pytest.mark.parametrize("name", data.DIGESTS)
-def test_one_flipped_bit_is_found(copy, nothing, name):
-    content = bytearray((copy / name).read_bytes())
-    content[len(content) // 2] ^= 1
-    replace(copy / name, bytes(content))
-    with pytest.raises(ValueError, match=f"{copy / name}: expected the published {name} with SHA-256"):
-        data.load(copy)
-
-
-def test_swapped_files_are_named(copy, nothing):
-    (copy / IMAGES).rename(copy / "other")
-    (copy / TEST_IMAGES).rename(copy / IMAGES)
-    (copy / "other").rename(copy / TEST_IMAGES)
-    with pytest.raises(ValueError, match=f"{IMAGES}: expected .* found the content of {TEST_IMAGES}"):
-        data.load(copy)
-
-
-@pytest.mark.parametrize(
-    ("spoil", "message"),
-    [
-        (lambda content: content[:-1], r"tells \[60000\], 60000 bytes, but 59999 follow"),
-        (lambda content: content + b"\0", "but 60001 follow"),
-        (lambda content: b"\0\0\x08\x01\0\0\xea\x61" + content[8:], r"tells \[60001\]"),
-        (lambda content: b"PNG!" + content[4:], "not an IDX file of unsigned bytes: it starts with 50 4e 47 21"),
-        (lambda content: content[:6], "header is cut short after 6 bytes"),
-        (lambda content: b"", "starts with nothing"),
-        (lambda content: gzip.compress(content)[:-100], "damaged gzip file"),
-        (lambda content: gzip.compress(content) + b"garbage", "damaged gzip file"),
-        (lambda content: gzip.compress(content[:-1] + b"\x0a"), "expected the published"),
-    ],
-)
-def test_damaged_files_are_named(copy, nothing, spoil, message):
-    replace(copy / LABELS, spoil((copy / LABELS).read_bytes()))
-    with pytest.raises(ValueError, match=message) as caught:
-        data.load(copy)
-    assert str(copy / LABELS) in str(caught.value)
-
-
-def test_a_missing_file_is_named(copy, nothing):
-    (copy / TEST_LABELS).unlink()
-    with pytest.raises(FileNotFoundError, match=f"{copy} lacks {TEST_LABELS}"):
-        data.load(copy)
-
-
-def test_a_wrong_directory_is_named(nothing, monkeypatch):
-    with pytest.raises(FileNotFoundError, match="data_dir does not exist: /no/such"):
-        data.load("/no/such")
-    with pytest.raises(FileNotFoundError, match="data_dir is not a directory"):
-        data.load(__file__)
-    monkeypatch.setenv(data.DATA_VARIABLE, "/no/such")
-    with pytest.raises(FileNotFoundError, match=rf"\${data.DATA_VARIABLE} does not exist"):
-        data.load()
-
-
-def test_an_unknown_source_is_refused():
-    with pytest.raises(ValueError, match="source must be one of auto, idx, tfds, download; got 'torch'"):
-        data.load(source="torch")
-
-
-def test_a_damaged_file_in_the_cache_is_removed_and_no_other(copy, idx_dir, splits, nothing, monkeypatch, caplog):
-    monkeypatch.setattr(data, "DEBIAN_DIR", idx_dir)
-    data.cache_dir().parent.mkdir(parents=True)
-    copy.rename(data.cache_dir())
-    replace(data.cache_dir() / IMAGES, (idx_dir / IMAGES).read_bytes()[:1000])
-    assert_same(data.load(), splits)
-    assert "damaged" in caplog.text
-    assert {path.name.removesuffix(".gz") for path in data.cache_dir().iterdir()} == data.DIGESTS.keys() - {
-        IMAGES.removesuffix(".gz")
-    }
-
-
-def test_a_file_in_the_cache_that_holds_something_else_is_removed(copy, idx_dir, splits, nothing, monkeypatch, caplog):
-    """It can be read, and one pixel is another."""
-    monkeypatch.setattr(data, "DEBIAN_DIR", idx_dir)
-    data.cache_dir().parent.mkdir(parents=True)
-    copy.rename(data.cache_dir())
-    images = splits.test.images.copy()
-    images[5, 3, 3] ^= 1
-    for path in data.cache_dir().glob("t10k-images*"):
-        path.unlink()
-    (data.cache_dir() / "t10k-images-idx3-ubyte").write_bytes(idx_bytes(images))
-    assert_same(data.load(), splits)
-    assert "expected the published t10k-images-idx3-ubyte" in caplog.text
-    assert len(list(data.cache_dir().iterdir())) == 3
-
-
-def test_the_other_spelling_of_a_damaged_file_in_the_cache_is_read(copy, splits, nothing):
-    data.cache_dir().parent.mkdir(parents=True)
-    copy.rename(data.cache_dir())
-    plain = data.cache_dir() / "t10k-labels-idx1-ubyte"
-    packed = plain.with_name(plain.name + ".gz")
-    content = idx_bytes(splits.test.labels.astype(np.uint8))
-    for path in (plain, packed):
-        path.unlink(missing_ok=True)
-    packed.write_bytes(gzip.compress(content))
-    plain.write_bytes(content[:1000])
-    assert_same(data.load(source="idx"), splits)
-    assert not plain.exists()
-    assert len(list(data.cache_dir().iterdir())) == 4
-
-
-def test_labels_may_be_huge(small):
-    """A count for each number up to the largest would need terabytes."""
-    huge = Batch(small.images[:10], np.array([3, 2**40] * 5))
-    part, rest = data.hold_out(huge, 0.4, key=jax.random.key(0))
-    assert sorted(rest.labels.tolist()) == [3, 3, 2**40, 2**40]
-    assert len(part.labels) == 6
-
-
-def test_tensors_of_pytorch_are_named(small):
-    torch = pytest.importorskip("torch")
-    for part in ("images", "labels"):
-        batch = small._replace(**{part: torch.tensor(getattr(small, part))})
-        with pytest.raises(
-            TypeError, match=rf"train\.{part} must be an array .* got torch\.Tensor .* have \.numpy\(\)"
-        ):
-            data.check_batch(batch, "train")
-
-
-def test_no_data_and_no_network(nothing):
-    start = time.monotonic()
+def test_the_error_says_where_it_looked(tiny, tmp_path):
+    place = write(tmp_path / "photos", {f"{i}.png": b"" for i in range(10)} | {"train-images.zip": b""})
     with pytest.raises(FileNotFoundError) as caught:
-        data.load()
-    assert time.monotonic() - start < 5
-    for way in ("data_dir", data.DATA_VARIABLE, str(data.cache_dir()), "apt-get install", "TFDS", "download"):
-        assert way in str(caught.value)
+        data.load(place)
+    message = str(caught.value)
+    assert f"no Fashion-MNIST in {place} (which holds 0.png, 1.png, 2.png" in message
+    for part in (tmp_path / CACHE, tmp_path / TFDS, sources.DEBIAN_DIR, "Connection refused", *NAMES):
+        assert str(part) in message
+    assert "\n" not in message
     for source in ("idx", "tfds", "download"):
-        with pytest.raises(FileNotFoundError, match="Any of these helps"):
+        with pytest.raises(FileNotFoundError, match="no Fashion-MNIST in"):
             data.load(source=source)
 
 
-def test_a_host_that_never_answers(nothing, monkeypatch):
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        monkeypatch.setattr(data, "URL", f"http://127.0.0.1:{silent.getsockname()[1]}/")
-        start = time.monotonic()
-        with pytest.raises(FileNotFoundError, match="does not answer"):
+FAULTS = {
+    "silent": (lambda file, n: None, r"\(no answer within 0.3 s\)"),
+    "silent midway": (lambda file, n: whole(file) if len(file) < 99 else None, r"\(timed out\)"),
+    "breaks off": (lambda file, n: whole(file)[:-9], "IncompleteRead"),
+    "not found": (lambda file, n: b"HTTP/1.1 404 Not Found\r\n\r\n", r"\(Not Found\)"),
+    "login page": (lambda file, n: whole(b"<html>"), "the answer is damaged, or no IDX file"),
+}
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+def test_faults_of_the_host(tiny, tmp_path, monkeypatch, kind):
+    answer, message = FAULTS[kind]
+    with host(monkeypatch, lambda name, n: answer(published(tiny)[name], n)):
+        monkeypatch.setattr(sources, "PROBE_SECONDS", 0.3 if kind == "silent" else 60)
+        monkeypatch.setattr(sources, "STALL_SECONDS", 0.3 if kind == "silent midway" else 60)
+        with pytest.raises(FileNotFoundError, match=message):
             data.load()
-        assert time.monotonic() - start < 5
+    assert not list((tmp_path / CACHE).glob("*-ubyte*"))
 
 
-def test_the_command_reports_what_is_there(idx_dir, nothing, capsys):
-    assert data.main(["--data-dir", str(idx_dir)]) == 0
-    report = capsys.readouterr().out
-    assert "train: 60,000 images" in report
-    assert "test: 10,000 images" in report
-    for name, digest in data.DIGESTS.items():
-        assert f"{digest}  {name}" in report
-    assert "6,000  Ankle boot" in report
+def holds(file):
+    return lambda _, home: write(home, {file: b""})
 
 
-def test_the_command_fails_with_one_message(nothing, capsys):
-    assert data.main([]) == 1
-    assert capsys.readouterr().err.startswith("error: no Fashion-MNIST here")
+# What is in the way, the log, and where the TFDS data set is afterwards.
+OBSTACLES = {
+    "no home": (lambda p, _: [p.delenv("HOME"), p.setattr("pwd.getpwuid", {}.__getitem__)], "no home directory", None),
+    "file for the cache": (holds(".cache"), "Not a directory", TFDS),
+    "file for TFDS": (holds(TFDS), "no TFDS data set was prepared in", None),
+    "tfrecord": (holds(f"{TFDS}/fashion_mnist/3.0.1/train.tfrecord"), "", CACHE),
+    "another version": (holds(f"{TFDS}/fashion_mnist/4.0.0/train.array_record"), "", TFDS),
+    "bucket": (lambda patch, _: patch.setenv("TFDS_DATA_DIR", "gs://bucket"), "", CACHE),
+}
 
 
-def test_the_command_runs_as_a_module(idx_dir):
-    command = [sys.executable, "-W", "error", "-m", "fashion_jax.data", "--data-dir", str(idx_dir)]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "Fashion-MNIST from the IDX files" in result.stderr
+# TFDS warns of its own and its dependencies' futures.
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", OBSTACLES)
+def test_obstacles_cost_no_more_than_a_copy(tiny, tmp_path, monkeypatch, caplog, kind):
+    """The host breaks off twice, too."""
+    obstruct, message, prepared = OBSTACLES[kind]
+    files = {name: whole(gzip.compress(content)) for name, content in published(tiny).items()}
+    with host(monkeypatch, lambda name, n: files[name] if n == 3 else files[name][:-9]):
+        obstruct(monkeypatch, tmp_path)
+        before = digests(tmp_path)
+        assert_same(data.load(), tiny)
+    assert message in caplog.text
+    assert digests(tmp_path).items() >= before.items()
+    assert prepared is None or list((tmp_path / prepared).glob("fashion_mnist/3.0.1/*.array_record*"))
 
 
-def test_hold_out_is_stratified_and_complete(splits):
-    rest, held_out = data.hold_out(splits.train, 0.2, key=KEY)
-    assert np.bincount(held_out.labels).tolist() == [1_200] * 10
-    assert np.bincount(rest.labels).tolist() == [4_800] * 10
-    # Both parts together are the whole: the sums over all pixels of all images tell.
-    sums = sorted([*rest.images.sum((1, 2)), *held_out.images.sum((1, 2))])
-    assert sums == sorted(splits.train.images.sum((1, 2)))
-    again = data.hold_out(splits.train, 0.2, key=KEY)
-    assert_same(again, (rest, held_out))
-    _, other = data.hold_out(splits.train, 0.2, key=jax.random.key(1))
-    assert not (other.images == held_out.images).all()
+@pytest.mark.filterwarnings("ignore")
+def test_a_damaged_tfds_data_set(tiny, tmp_path, monkeypatch, caplog):
+    place = tmp_path / "tfds"
+    monkeypatch.setenv("TFDS_DATA_DIR", str(place))
+    sources._prepare_tfds(tiny, [place])
+    (record,) = place.glob("*/*/*train.array_record*")
+    content = record.read_bytes()
+    for damaged in (flip(content, 5_000), content[:-9], b""):
+        record.write_bytes(damaged)
+        with pytest.raises(ValueError, match=f"{place / sources.TFDS_NAME}, split 'train', "):
+            data.load(place)
+        with pytest.raises(FileNotFoundError, match="no Fashion-MNIST in"):
+            data.load()
+        assert caplog.messages[-1].startswith(f"passing over {place}")
+    assert not list((tmp_path / CACHE).glob("*-ubyte"))
 
 
-def numbered(labels) -> Batch:
-    """Examples that carry their own number, to see where they went."""
-    images = np.zeros((len(labels), 2, 1), np.uint8)
-    images[:, 0, 0], images[:, 1, 0] = np.divmod(np.arange(len(labels)), 256)
-    return Batch(images, np.asarray(labels, np.int32))
+LOAD = """
+import sys
+from fashion_jax import data, sources
+sources.URL, sources.DEBIAN_DIR, sources.PROBE_SECONDS = sys.argv[1], sources.Path("/no/such"), 60
+sources.DIGESTS.update(zip(sources.DIGESTS, sys.argv[2:]))
+print(data.load())
+"""
 
 
-def numbers(batch: Batch) -> list[int]:
-    return (np.asarray(batch.images)[:, :, 0].astype(int) @ [256, 1]).tolist()
+@pytest.mark.filterwarnings("ignore")
+def test_two_processes_at_once_download_and_prepare_one_copy(tiny, tmp_path, monkeypatch):
+    files = published(tiny)
+    with host(monkeypatch, lambda name, _: whole(files[name])) as requests:
+        command = [sys.executable, "-c", LOAD, sources.URL, *sources.DIGESTS.values()]
+        processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+        assert all(process.communicate()[0].endswith(f"{tiny!r}\n") for process in processes)
+    assert sorted(requests) == sorted(NAMES)
+    assert digests(tmp_path / CACHE).items() >= sources.DIGESTS.items()
+    tfds = pytest.importorskip("tensorflow_datasets")
+    stock = tfds.data_source("fashion_mnist", split="test", data_dir=tmp_path / TFDS, download=False)
+    assert len(stock) == 20
+    assert_same(data.load(source="tfds"), tiny)
+
+
+def test_the_script_falls_back_to_debian_s_package(tiny, splits, tmp_path):
+    """Stand-ins for apt-get and dpkg-deb hand it over."""
+    files = {f"usr/share/datasets/fashion-mnist/{name}.gz": content for name, content in published(splits).items()}
+    stand_ins = {"apt-get": b"#!/bin/sh\ntouch dataset-1.deb", "dpkg-deb": b'#!/bin/sh\ncp -r "$PACKAGE"/* .'}
+    path = f"{write(tmp_path / 'bin', stand_ins)}:{os.environ['PATH']}"
+    for name in stand_ins:
+        (tmp_path / "bin" / name).chmod(0o755)
+    package = str(write(tmp_path / "package", files))
+    refused = {"PATH": path, "PACKAGE": package, "http_proxy": "http://127.0.0.1:9", "PYTHONWARNINGS": "error"}
+
+    def run(**variables):
+        command = ["sh", Path(__file__).parents[1] / "scripts" / "get_data.sh", sys.executable]
+        return subprocess.run(command, env=os.environ | refused | variables, capture_output=True, text=True)
+
+    fallen_back, wrong = run(), run(FASHION_JAX_DATA="/no/such")
+    calm, source = fallen_back.stderr.splitlines()
+    assert calm.startswith(f"no Fashion-MNIST in {tmp_path / CACHE}, ")
+    assert calm.endswith("Connection refused); taking Debian's package dataset-fashion-mnist instead")
+    assert source == f"Fashion-MNIST from {tmp_path / CACHE}"
+    assert fallen_back.stdout == "Fashion-MNIST as published: 60,000 training images and 10,000 test images\n"
+    assert (wrong.returncode, wrong.stderr[:16]) == (1, "error: data_dir,")
+
+
+def test_ctrl_c_ends_the_command_with_130(monkeypatch):
+    monkeypatch.setattr(data, "load", mock.Mock(side_effect=KeyboardInterrupt))
+    assert data.main([]) == 130
+
+
+def test_parts_are_those_of_the_records(splits):
+    parts = data.subset(splits.train, 1_000, key=KEY), data.hold_out(splits.train, 0.2, key=KEY)[1]
+    found = [hashlib.sha256(part.images.tobytes()).hexdigest()[:16] for part in parts]
+    assert found == ["8bcd3f8b305a844b", "6d0e1e906e6d69fb"]
 
 
 @pytest.mark.parametrize("labels", [np.arange(1000) % 10, np.repeat([0, 3, 9], [10, 190, 800]), np.zeros(1000, int)])
 def test_parts_are_nested_stratified_and_keep_the_order(labels):
-    batch = numbered(labels)
-    last: set[int] = set()
+    def members(part: Batch) -> list[int]:
+        return part.images.view(">u2").ravel().tolist()
+
+    batch, last = Batch(np.arange(1000, dtype=">u2").view(np.uint8).reshape(1000, 1, 2), labels), set()
     for size in (1, 10, 100, 550, 1000):
         part = data.subset(batch, size, key=KEY)
-        members = numbers(part)
-        assert members == sorted(set(members))
-        assert len(members) == size
-        assert last <= set(members)
-        np.testing.assert_array_equal(part.labels, labels[members])
+        assert members(part) == sorted(last | set(members(part)))
+        np.testing.assert_array_equal(part.labels, labels[members(part)])
         share = np.bincount(labels, minlength=10) / len(labels)
         assert abs(np.bincount(part.labels, minlength=10) - size * share).max() <= 1
-        last = set(members)
-    rest, held_out = data.hold_out(batch, 0.3, key=KEY)
-    assert sorted([*numbers(rest), *numbers(held_out)]) == list(range(1000))
-    assert len(held_out.labels) == 300
+        last = set(members(part))
+        assert len(last) == size
+    rest, held_out = map(members, data.hold_out(batch, 0.3, key=KEY))
+    assert rest == sorted(set(range(1000)) - set(held_out))
+    assert (held_out, len(held_out)) == (sorted(held_out), 300)
+    assert held_out != members(data.hold_out(batch, 0.3, key=jax.random.key(1))[1])
 
 
-@pytest.mark.parametrize("fraction", [0.0, 1.0, -0.2, 1.5, float("nan"), 1e-9])
-def test_hold_out_refuses_a_fraction_out_of_range(small, fraction):
-    with pytest.raises(ValueError, match=r"fraction must lie in \(0, 1\)"):
-        data.hold_out(small, fraction, key=KEY)
+BAD = [
+    (lambda _: data.load("/no/such"), r"data_dir, or \$FASHION_JAX_DATA, is not a directory: /no/such"),
+    (lambda _: data.load("gs://bucket"), "data_dir must be a local path"),
+    (lambda _: data.load(source="torch"), "source must be one of auto, idx, tfds, download; got 'torch'"),
+    *((lambda b, f=f: data.hold_out(b, f, key=KEY), "fraction must leave examples") for f in (0.0, 1.0, -0.2, 1e-9)),
+    (lambda batch: data.subset(batch, 0, key=KEY), "size must be at least 1"),
+    (lambda batch: data.subset(batch, 1001, key=KEY), "size must be at most 1000"),
+    (lambda batch: data.subset(batch, 10, key=0), "key must be one typed key"),
+    (lambda b: data.hold_out(Batch(np.ma.masked_equal(b.images, 0), b.labels), 0.2, key=KEY), "is a masked array"),
+]
 
 
-@pytest.mark.parametrize("size", [0, -1, 1001])
-def test_subset_refuses_a_size_out_of_range(small, size):
-    with pytest.raises(ValueError, match="size must lie between 1 and the 1000 examples"):
-        data.subset(small, size, key=KEY)
-
-
-def test_parts_refuse_wrong_types(small, unchecked):
-    with pytest.raises(TypeError, match="size must be an int"):
-        data.subset(small, 10.0, key=KEY)
-    with pytest.raises(TypeError, match="fraction must be a number"):
-        data.hold_out(small, "0.2", key=KEY)
-    with pytest.raises(TypeError, match="must be uint8"):
-        data.subset(Batch(small.images / 255, small.labels), 10, key=KEY)
+@pytest.mark.parametrize(("call", "message"), BAD)
+def test_bad_arguments(small, unchecked, call, message):
+    with pytest.raises((TypeError, ValueError, FileNotFoundError), match=message):
+        call(small)

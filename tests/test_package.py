@@ -23,7 +23,7 @@ import jax
 import pytest
 
 import fashion_jax
-from fashion_jax import Batch, TrainConfig, fit, report
+from fashion_jax import Batch, FashionMLP, TrainConfig, fit, report
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -129,11 +129,12 @@ print(json.dumps({
 RIGHT = """# pyright: strict
 import jax
 from fashion_jax import Run, TrainConfig, fit, load
-from fashion_jax.log import JsonLines
+from fashion_jax.callbacks import JsonLines
 
 train, test = load()
-with JsonLines("log.jsonl", seed=0) as log:
-    run: Run = fit(train, test, key=jax.random.key(0), config=TrainConfig(batch_size=128), epochs=1, on_epoch=log)
+log = JsonLines("log.jsonl", seed=0)
+config = TrainConfig(batch_size=128)
+run: Run = fit(train, test, key=jax.random.key(0), config=config, epochs=1, callbacks=[log], dropout_rate=0.2)
 loss = float(run.history.validation.loss[-1])
 """
 
@@ -205,4 +206,4 @@ def test_a_checkout_works_that_is_not_installed(small, tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", of_others)
     assert report.environment()["versions"]["fashion_jax"] == fashion_jax.__version__
     few = Batch(*(leaf[:64] for leaf in small))
-    fit(few, few, key=jax.random.key(0), config=TrainConfig(hidden=(8,)), epochs=1, checkpoint=tmp_path)
+    fit(few, few, key=jax.random.key(0), config=TrainConfig(model=FashionMLP(hidden=(8,))), epochs=1, checkpoint=tmp_path)

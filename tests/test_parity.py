@@ -1,42 +1,76 @@
-"""Each training step equals PyTorch's: same weights, batches and masks in, same losses, parameters and moments out."""
+"""The numbers are those of independent programs: the formulas in float64 NumPy, and PyTorch with the same masks."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
 import parity
 import pytest
 
-ROOT = Path(__file__).parents[1]
-STEPS = 300
+from fashion_jax.config import TrainConfig
+from fashion_jax.model import FashionMLP
+from fashion_jax.steps import eval_step, evaluate, init_state, train_step
+from fashion_jax.types import Batch
+
+KEY = jax.random.key(0)
+
+
+def test_loss_gradient_and_adam_equal_numpy(small):
+    """Kingma and Ba, algorithm 1, line by line."""
+    b1, b2, eps, learning_rate = 0.8, 0.99, 1e-6, 0.01
+    batch = Batch(*(leaf[:64] for leaf in small))
+    with jax.enable_x64(True):
+        state = init_state(KEY)
+        params, first, second = parity.flat(state.params), 0.0, 0.0
+        for t in range(1, 6):
+            loss, log_probs, gradient = parity.loss_and_gradient(state.params, batch)
+            first = b1 * first + (1 - b1) * parity.flat(gradient())
+            second = b2 * second + (1 - b2) * parity.flat(gradient()) ** 2
+            params = params - learning_rate * first / (1 - b1**t) / (np.sqrt(second / (1 - b2**t)) + eps)
+            state, metrics = train_step(state, batch, KEY, learning_rate=learning_rate, b1=b1, b2=b2, eps=eps)
+            assert float(metrics.loss) == pytest.approx(loss, rel=1e-12)
+            assert float(metrics.accuracy) == (log_probs.argmax(axis=1) == batch.labels).mean()
+            np.testing.assert_allclose(parity.flat(state.params), params, rtol=0, atol=1e-10)
+
+
+def test_an_evaluation_of_60_000_images_equals_numpy(splits):
+    """Catches a jaxlib that miscompiles reductions, such as 0.10.2."""
+    params = init_state(jax.random.key(3)).params
+    loss, log_probs, _ = parity.loss_and_gradient(params, splits.train)
+    found = FashionMLP().apply({"params": params}, jnp.array(splits.train.images), deterministic=True)
+    np.testing.assert_allclose(found, log_probs, atol=1e-5)
+    correct = (log_probs.argmax(axis=1) == splits.train.labels).sum()
+    for size in (2_000, 7_777):
+        metrics = evaluate(params, splits.train, config=TrainConfig(eval_batch_size=size))
+        assert float(metrics.loss) == pytest.approx(loss, rel=2e-6)
+        # Two classes equal within rounding may change places.
+        assert float(metrics.accuracy) * 60_000 == pytest.approx(correct, abs=2)
+    assert float(eval_step(params, splits.train).loss) == pytest.approx(loss, rel=2e-5)
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.2])
-def test_float32_steps_equal_pytorch_s(rate):
-    differences = parity.compare(rate, STEPS)
-    print(json.dumps(differences, indent=1))
-    assert differences["loss (relative)"] < 1e-4
-    assert differences["parameters"] < 1e-3
-    # The moments' own sizes: gradients are of the order of 1e-2, their squares of 1e-4.
-    assert differences["Adam's first moment"] < 1e-4
-    assert differences["Adam's second moment"] < 1e-6
-    assert differences["Adam's step count"] == 0
-    assert differences["evaluation loss (relative)"] < 1e-6
-    # One example of 10,000 may be a tie within rounding.
-    assert differences["evaluation accuracy"] < 1.5e-4
-    # 28,672 units a step, one of which is now and then 0 within rounding.
-    assert differences["steps with a sign that differed"] < 15
+def test_free_running_float64_training_equals_pytorch(splits, rate):
+    with jax.enable_x64(True):
+        apart = parity.compare(splits, rate, steps=300, optimizer=optax.adam, lockstep=False)
+    for name in ("loss", "accuracy", "parameters", "evaluation"):
+        assert apart[name].max() < 1e-10, name
 
 
-def test_float64_steps_equal_pytorch_s_so_that_only_rounding_is_left():
-    command = [sys.executable, "tests/parity.py", str(STEPS), "0.0", "0.2"]
-    environment = os.environ | {"JAX_ENABLE_X64": "1", "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
-    of_rates = [json.loads(line) for line in result.stdout.splitlines()]
-    assert len(of_rates) == 2
-    for differences in of_rates:
-        print(json.dumps(differences, indent=1))
-        for name, difference in differences.items():
-            assert difference < 1e-10, name
+@pytest.mark.parametrize("rate", [0.0, 0.2])
+@pytest.mark.parametrize(("exact", "bound"), [(False, 2e-5), (True, 1e-6)])
+def test_float32_steps_from_the_same_state_equal_pytorch(splits, rate, exact, bound):
+    """`optax.adam` rounds its bias corrections, which changes an update by up to 1.3e-5 of its length.
+
+    Adam divides rounding by rounding where a gradient is all but 0, most of all in its first step, and a unit whose
+    input is 0 within rounding may be on in one program and off in the other; so some steps differ by more.
+    """
+    from fashion_jax.interop import torch_adam
+
+    optimizer = torch_adam if exact else optax.adam
+    apart = parity.compare(splits, rate, steps=100, optimizer=optimizer, lockstep=True)
+    assert apart["loss"].max() < 1e-6
+    assert np.median(apart["update"]) < bound
+    assert np.quantile(apart["parameters"], 0.9) < 1e-6
+    # One of 10,000 images may be a tie within rounding.
+    assert apart["evaluation"][0] < 1e-6
+    assert apart["evaluation"][1] < 1.5e-4

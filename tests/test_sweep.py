@@ -1,353 +1,239 @@
-"""Lanes are runs: whatever the layout, lane (i, j) is `fit` with seed j and rate i."""
+"""Lanes are runs: whatever the grid and the devices, each lane is the `fit` with its numbers."""
 
-import json
-import os
-import pickle
-import signal
+import functools
+import itertools
+import re
 import socket
-import subprocess
-import sys
+import types
 import warnings
-from pathlib import Path
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 import sweep_worker
+from sweep_worker import CONFIG, equal, leaves, parts
 
-from fashion_jax import Batch, TrainConfig, data, fit
-from fashion_jax.sweep import join_machines, lanes_that_fit, sweep
-from fashion_jax.train import NonFiniteLossError
+from fashion_jax import FashionMLP, TrainConfig
+from fashion_jax.devices import _map, join_machines, lanes_that_fit
+from fashion_jax.model import Dropout, normalize
+from fashion_jax.steps import init_state
+from fashion_jax.train import fit, sweep
+from fashion_jax.types import Batch, Run
 
-ROOT = Path(__file__).parents[1]
-KEY = jax.random.key(0)
-# Sixteen steps of float32 in another order of sums; a lane with another draw differs by a hundred times that.
-CLOSE = {"rtol": 2e-4, "atol": 2e-4}
-
-
-def assert_close(first, second, **tolerance):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **tolerance), first, second)
-
-
-@pytest.fixture(scope="module")
-def validation(splits) -> Batch:
-    return data.subset(splits.test, 1_000, key=jax.random.key(7))
+GRID = {"dropout_rate": (0.0, 0.2), "learning_rate": (1e-3, 3e-3, 1e-2), "weight_decay": (0.0, 0.1)}
+OPTIONS = {"config": CONFIG, "seeds": (5, 0)}
+# In another layout, losses after eight steps differ by 3e-7; lanes of other numbers by 1e-3. Parameters differ by 6e-5:
+# where a gradient is all but 0, Adam divides rounding by rounding, and a step is as large as the learning rate, 1e-2.
+LOSSES, PARAMETERS = {"rtol": 1e-4, "atol": 1e-5}, {"rtol": 1e-4, "atol": 2e-3}
 
 
 @pytest.fixture(scope="module")
-def runs(small, validation):
-    """The lanes of `sweep_worker`, one by one."""
-    return [
-        [
-            fit(small, validation, key=jax.random.key(seed), dropout_rate=rate, epochs=sweep_worker.EPOCHS)
-            for seed in sweep_worker.SEEDS
-        ]
-        for rate in sweep_worker.RATES
-    ]
+def data(small, splits):
+    return parts(small, splits)
 
 
 @pytest.fixture(scope="module")
-def expected(runs):
-    stacked = [jax.tree.map(lambda *leaves: np.stack(leaves), *row) for row in runs]
-    return jax.tree.map(lambda *leaves: np.stack(leaves), *stacked)
+def grid(data):
+    before = _map._cache_size()
+    result = sweep(*data, **OPTIONS, epochs=2, **GRID)
+    # One program draws initial parameters, and one trains for an epoch.
+    assert _map._cache_size() == before + 2
+    return result
 
 
-def sweep_all(small, validation, **options):
-    options = {
-        "seeds": sweep_worker.SEEDS,
-        "dropout_rates": sweep_worker.RATES,
-        "epochs": sweep_worker.EPOCHS,
-    } | options
-    return sweep(small, validation, **options)
+def close(first, second):
+    for tolerance, part in ((LOSSES, "history"), (PARAMETERS, "state"), (PARAMETERS, "best")):
+        check = functools.partial(np.testing.assert_allclose, **tolerance)
+        jax.tree.map(check, getattr(first, part), getattr(second, part))
 
 
-@pytest.mark.parametrize("lanes_at_once", [None, 1, 2, 4, 100])
-def test_a_lane_is_a_run(small, validation, expected, lanes_at_once):
-    """4 does not divide the 6 lanes; 100 are more than there are."""
-    run = sweep_all(small, validation, lanes_at_once=lanes_at_once)
-    assert_close(run.history, expected.history, **CLOSE)
-    assert_close(run.state.params, expected.state.params, **CLOSE)
-    assert run.state.step.tolist() == [[32] * 3] * 2
+def test_each_lane_is_a_run(data, grid):
+    before, losses = _map._cache_size(), []
+    for *values, seed in itertools.product(*GRID.values(), OPTIONS["seeds"]):
+        numbers = dict(zip(GRID, values, strict=True))
+        run = fit(*data, key=jax.random.key(seed), config=CONFIG, epochs=2, **numbers)
+        # On a CPU one lane follows the other, as in `fit`.
+        (equal if jax.default_backend() == "cpu" else close)(run, grid.at(**numbers, seed=seed))
+        losses.append(run.history.running_loss)
+    assert _map._cache_size() <= before + 2
+    apart = np.abs(np.subtract.outer(losses, losses)).max(axis=(1, 3))
+    assert apart[~np.eye(24, dtype=bool)].min() > 10 * LOSSES["atol"]
 
 
-def test_lanes_differ(expected):
-    """What the tolerance above has to tell apart."""
-    losses = expected.history.running_loss.reshape(6, -1)
-    apart = np.abs(losses[:, None] - losses[None]).max(axis=-1)[~np.eye(6, dtype=bool)]
-    assert apart.min() > 10 * CLOSE["atol"]
+def test_axes_keep_their_order_and_seeds_come_last(data, grid):
+    assert list(grid.axes.items()) == [*GRID.items(), ("seed", (5, 0))]
+    assert {leaf.shape[:4] for leaf in leaves(grid)} == {(2, 3, 2, 2)}
+    again = sweep(*data, **OPTIONS, epochs=2, **dict(reversed(GRID.items())))
+    assert list(again.axes) == ["weight_decay", "learning_rate", "dropout_rate", "seed"]
+    equal(again.at(learning_rate=3e-3, weight_decay=0.1), grid.at(learning_rate=3e-3, weight_decay=0.1))
 
 
-def test_a_sweep_is_deterministic(small, validation):
-    first, second = (sweep_all(small, validation) for _ in range(2))
-    assert_close(first, second, rtol=0, atol=0)
+@pytest.mark.parametrize("lanes_at_once", [5, 100])
+def test_lanes_trained_together_agree_within_rounding(data, grid, lanes_at_once):
+    """5 does not divide the 24 lanes, 100 are more than there are."""
+    close(sweep(*data, **OPTIONS, epochs=2, **GRID, lanes_at_once=lanes_at_once), grid)
 
 
-@pytest.fixture
-def worker():
-    """Start processes, and leave none behind."""
-    started: list[subprocess.Popen] = []
-    yield lambda *arguments, **environment: started.append(start(*arguments, **environment)) or started[-1]
-    for process in started:
-        process.kill()
-        process.communicate()
+def test_reports_have_the_axes_of_the_result(data, grid):
+    ends, numbers = [], GRID | {"weight_decay": 0.1}
+    callbacks = [lambda end: end.epoch == 2, ends.append]
+    result = sweep(*data, config=CONFIG, seeds=iter(range(4)), epochs=5, **numbers, callbacks=callbacks)
+    assert [end.epoch for end in ends] == [1, 2]
+    assert (ends[0].axes, ends[0].hyperparameters) == (result.axes, {"weight_decay": 0.1})
+    assert len(ends[0].rows()) == 24
+    for i, end in enumerate(ends):
+        for name, curve in result.history.curves().items():
+            np.testing.assert_array_equal(end.history.curves()[name], curve[..., i])
+    jax.tree.map(np.testing.assert_array_equal, ends[1].fetch_state(), result.state)
 
 
-def start(devices: int, output: Path, *machines, **environment) -> subprocess.Popen:
-    command = [sys.executable, "tests/sweep_worker.py", str(devices), str(output), *map(str, machines)]
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | environment
-    return subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=environment | {"PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+class TwoRates(nn.Module):
+    first: float | jax.Array = 0.0
+    second: float | jax.Array = 0.0
+
+    @nn.compact
+    def __call__(self, images, *, deterministic):
+        x = normalize(images).reshape(len(images), -1)
+        for rate in (self.first, self.second):
+            x = Dropout(rate)(nn.relu(nn.Dense(16)(x)), deterministic=deterministic)
+        return nn.log_softmax(nn.Dense(10)(x))
 
 
-def free_port() -> int:
+def test_each_layer_may_have_its_own_rate(data):
+    options = {"config": TrainConfig(model=TwoRates(), optimizer=optax.sgd), "epochs": 1}
+    result = sweep(*data, **options, seeds=[0], first=(0.0, 0.5), second=(0.0, 0.5))
+    assert len(np.unique(result.history.running_loss)) == 4
+    run = fit(*data, **options, key=jax.random.key(0), first=0.5, second=0.0)
+    close(result.at(first=0.5, second=0.0, seed=0), run)
+
+
+class Masked(nn.Module):
+    """Shows the units that were kept: those whose weights a step has changed."""
+
+    rate: float | jax.Array = 0.0
+
+    @nn.compact
+    def __call__(self, images, *, deterministic):
+        weights = self.param("weights", nn.initializers.normal(), (400,))
+        x = Dropout(self.rate)(jnp.ones((len(images), 400)), deterministic=deterministic)
+        return nn.log_softmax(jnp.pad((x @ weights)[:, None], ((0, 0), (0, 9))))
+
+
+def test_runs_of_a_seed_share_all_draws(data):
+    one, rates = Batch(data[0].images[:1], data[0].labels[:1] * 0), (0.2, 0.5, 0.8)
+    config = TrainConfig(model=Masked(), optimizer=optax.sgd)
+    result = sweep(one, one, config=config, seeds=[1, 2], epochs=1, rate=rates, learning_rate=1.0)
+    states = [init_state(jax.random.key(seed), config=config) for seed in (1, 2)]
+    start = np.stack([state.params["weights"] for state in states])
+    kept = result.state.params["weights"] != start
+    np.testing.assert_allclose(kept.mean(axis=-1), 1 - np.outer(rates, [1, 1]), atol=0.08)
+    assert (kept[:-1] >= kept[1:]).all()
+    assert not (kept[:, 0] == kept[:, 1]).all(axis=-1).any()
+    assert (start[0] != start[1]).mean() > 0.99
+
+
+def test_runs_that_diverge_leave_the_others(data, grid):
+    """In the program of the other tests; 16 of 24 runs diverge."""
+    numbers = GRID | {"learning_rate": (1e-3, 1e30, 1e31)}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = sweep(*data, **OPTIONS, epochs=3, **numbers)
+    (warning,) = caught
+    first = "dropout_rate=0.0, learning_rate=1e+30, weight_decay=0.0, seed=5"
+    told = f"16 of 24 runs diverged in epoch 1 ({first}, ...); their history is NaN from there on"
+    assert str(warning.message) == told
+    healthy = sweep(*data, **OPTIONS, epochs=3, **GRID)
+    equal(result.at(learning_rate=1e-3), healthy.at(learning_rate=1e-3))
+    lost = result.at(learning_rate=1e30)
+    assert all(np.isnan(curve).all() for curve in lost.history.curves().values())
+    assert not lost.state.step.any()
+    assert (np.isinf(lost.best.loss).all(), lost.best.epoch.any()) == (True, False)
+    with pytest.raises(FloatingPointError, match="training diverged in epoch 1; a lower learning_rate may help"):
+        sweep(*data, **OPTIONS, epochs=3, **numbers | {"learning_rate": (1e30, 1e31, 1e32)})
+
+
+def breaking(at):
+    return optax.scale_by_schedule(lambda count: jnp.where(count < at, -0.1, jnp.nan))
+
+
+def test_a_run_that_diverges_later_stays_at_its_last_good_epoch(data):
+    config = TrainConfig(model=FashionMLP(hidden=()), optimizer=breaking)
+    with pytest.warns(UserWarning, match=r"^1 of 2 runs diverged in epoch 3 \(at=9\.0, seed=0\); ") as caught:
+        result = sweep(*data, config=config, seeds=[0], epochs=5, at=(9, 100))
+    assert len(caught) == 1
+    broken, good = result.at(at=9, seed=0), result.at(at=100, seed=0)
+    assert (int(broken.state.step), int(good.state.step)) == (8, 20)
+    for curve, other in zip(broken.history.curves().values(), good.history.curves().values(), strict=True):
+        np.testing.assert_array_equal(curve[:2], other[:2])
+        assert (np.isnan(curve[2:]).all(), np.isfinite(other).all()) == (True, True)
+    assert broken.best.loss == broken.history.validation.loss[:2].min()
+
+
+# Devices and processes; no number of devices divides the number of lanes
+LANES = {"seeds": [3], "dropout_rate": [0.0, 0.1, 0.2, 0.3, 0.5], "epochs": 3}
+
+
+def launch(data, directory, *layouts, **arguments):
+    """Train in a process for each layout, and return the processes and the files with their results."""
+    np.savez(directory / "data.npz", *data[0], *data[1])
+    options = {"data": directory / "data.npz", "arguments": LANES | arguments}
+    files = [directory / f"{i}.npz" for i in range(len(layouts))]
+    pairs = zip(layouts, files, strict=True)
+    return sweep_worker.run(*({**options, **layout, "output": file} for layout, file in pairs)), files
+
+
+def assert_hold(processes, files, result):
+    expected = Run(result.state, result.history, result.best)
+    for process, path in zip(processes, files, strict=True):
+        assert process.returncode == 0, process.stderr
+        with np.load(path) as file:
+            close(jax.tree.unflatten(jax.tree.structure(expected), [file[name] for name in file.files]), expected)
+
+
+def test_any_number_of_devices_gives_the_same_result(data, tmp_path):
+    """Two of two, and the last three of four."""
+    processes, files = launch(data, tmp_path, {"cpus": 2}, {"cpus": 4, "use": [1, 4]})
+    assert_hold(processes, files, sweep(*data, config=CONFIG, **LANES))
+    assert [process.stdout for process in processes] == [f"1 processes, {n} devices\n" for n in (2, 4)]
+
+
+def two_machines():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    return [{"cpus": 2, "machines": [address, 2, i]} for i in range(2)]
 
 
-def assert_file_holds(path: Path, expected):
-    with np.load(path) as file:
-        leaves = [file[name] for name in file.files]
-    assert_close(leaves, jax.tree.leaves((expected.history, expected.state.params)), **CLOSE)
-
-
-@pytest.mark.parametrize("devices", [1, 2, 4, 8])
-def test_any_number_of_devices_gives_the_same_history(devices, expected, tmp_path, worker):
-    """4 and 8 devices do not divide 6 lanes."""
-    process = worker(devices, tmp_path / "run.npz")
-    out, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
-    assert out == f"1 processes, {devices} devices\n"
-    assert_file_holds(tmp_path / "run.npz", expected)
-
-
-def test_two_processes_give_the_same_history(expected, tmp_path, worker):
-    address = f"127.0.0.1:{free_port()}"
-    processes = [worker(2, tmp_path / f"{i}.npz", address, 2, i) for i in range(2)]
-    for i, process in enumerate(processes):
-        out, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors
-        assert out.splitlines()[-1] == "2 processes, 4 devices"
-        assert_file_holds(tmp_path / f"{i}.npz", expected)
-
-
-@pytest.mark.usefixtures("compiled_apart")
-def test_a_process_that_dies_ends_the_others(tmp_path, worker):
-    address = f"127.0.0.1:{free_port()}"
-    processes = [worker(1, tmp_path / f"{i}.npz", address, 2, i, DIE="1", HIDDEN="8") for i in range(2)]
-    _, errors = processes[0].communicate(timeout=120)
-    processes[1].communicate(timeout=10)
-    assert processes[0].returncode not in (0, None)
-    assert errors.strip()
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_sweep_goes_on_with_other_devices_and_processes(expected, tmp_path, worker):
-    checkpoint = {"CHECKPOINT": str(tmp_path / "saved")}
-    first = worker(2, tmp_path / "0.npz", STOP="1", **checkpoint)
-    _, errors = first.communicate(timeout=300)
-    assert first.returncode == 0, errors
-    address = f"127.0.0.1:{free_port()}"
-    processes = [worker(2, tmp_path / f"{i}.npz", address, 2, i, **checkpoint) for i in range(2)]
-    for i, process in enumerate(processes):
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors
-        assert "going on after epoch 1 of 2" in errors
-        assert "devices was 2 and is 4: going on within rounding, not bit by bit" in errors
-        assert_file_holds(tmp_path / f"{i}.npz", expected)
-
-
-def test_sizes_are_nested_and_have_an_axis_of_their_own(small, validation):
-    config = TrainConfig(hidden=(16,))
-    run = sweep_all(small, validation, train_sizes=[100, 1_000], config=config)
-    assert run.history.validation.loss.shape == (2, 2, 3, 2)
-    assert run.state.step[:, 0, 0].tolist() == [4, 32]
-    for i, size in enumerate((100, 1_000)):
-        part = data.subset(small, size, key=jax.random.key(0))
-        alone = fit(part, validation, key=jax.random.key(3), config=config, dropout_rate=0.5, epochs=2)
-        assert_close(jax.tree.map(lambda leaf, i=i: leaf[i, 1, 1], run.history), alone.history, **CLOSE)
-
-
-def test_ctrl_c_returns_the_complete_epochs(small, validation):
-    whole = sweep_all(small, validation, epochs=3)
-
-    def stop(end):
-        if end.epoch == 2:
-            raise KeyboardInterrupt
-
-    run = sweep_all(small, validation, epochs=3, on_epoch=stop)
-    assert_close(run.history, jax.tree.map(lambda leaf: leaf[..., :2], whole.history), rtol=0, atol=0)
-    assert run.state.step.tolist() == [[32] * 3] * 2
-    single = fit(small, validation, key=KEY, epochs=3, on_epoch=stop)
-    assert single.history.running_loss.shape == (2,)
-
-
-@pytest.mark.usefixtures("interruptible")
-@pytest.mark.parametrize(("at", "complete"), [(1, 1), (2, 2)])
-def test_no_size_starts_after_ctrl_c(small, validation, at, complete):
-    """In a size's last epoch, too, after which its run is complete."""
-    ends = []
-
-    def interrupt(end):
-        ends.append((end.train_size, end.epoch))
-        if ends[-1] == (200, at):
-            signal.raise_signal(signal.SIGINT)
-
-    config = TrainConfig(hidden=(8,))
-    run = sweep_all(small, validation, train_sizes=[100, 200, 300], config=config, on_epoch=interrupt)
-    assert ends[-1] == (200, at)
-    assert run.history.running_loss.shape == (complete, 2, 3, 2)
-
-
-def test_ctrl_c_before_any_size_is_complete_is_told(small, validation):
-    def stop(end):
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        sweep_all(small, validation, train_sizes=[100, 200], config=TrainConfig(hidden=(8,)), on_epoch=stop)
-
-
-def test_some_of_the_devices_are_enough(tmp_path):
-    code = """
-import sys, jax, numpy as np
-jax.config.update("jax_num_cpu_devices", 4)
-from fashion_jax import Batch, TrainConfig
-from fashion_jax.sweep import sweep
-data = Batch(np.zeros((10, 28, 28), np.uint8), np.arange(10, dtype=np.int32))
-options = {"seeds": [0, 1], "dropout_rates": [0.0], "config": TrainConfig(hidden=(8,)), "epochs": 1}
-sweep(data, data, **options, devices=jax.devices()[1:3], checkpoint=sys.argv[1])
-"""
-    command = [sys.executable, "-W", "error", "-c", code, str(tmp_path)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    assert json.loads((tmp_path / "1" / "seal.json").read_text())["circumstances"]["devices"] == 2
-
-
-def test_other_generators_draw_for_one_lane_at_a_time(small, validation):
-    """Their draws for several at once are not those of each alone."""
-    with jax.default_prng_impl("rbg"):
-        config = TrainConfig(hidden=(16,))
-        options = {"config": config, "epochs": 1}
-        run = sweep(small, validation, seeds=[3, 4], dropout_rates=[0.5], **options)
-        alone = fit(small, validation, key=jax.random.key(4), dropout_rate=0.5, **options)
-        assert_close(jax.tree.map(lambda leaf: leaf[0, 1], run.history), alone.history, **CLOSE)
-        with pytest.raises(ValueError, match=r"lanes_at_once must be 1 where jax_default_prng_impl is rbg.*got 2"):
-            sweep(small, validation, seeds=[3, 4], dropout_rates=[0.5], lanes_at_once=2, **options)
-
-
-@pytest.mark.parametrize("order", [("rbg", "unsafe_rbg"), ("unsafe_rbg", "rbg")])
-def test_generators_whose_keys_are_alike_share_no_program(small, order):
-    jax.clear_caches()
-    options = {"config": TrainConfig(hidden=(16,)), "epochs": 1}
-    for generator in order:
-        with jax.default_prng_impl(generator):
-            run = sweep(small, small, seeds=[3], dropout_rates=[0.5], **options)
-            alone = fit(small, small, key=jax.random.key(3), dropout_rate=0.5, **options)
-            assert_close(jax.tree.map(lambda leaf: leaf[0, 0], run.history), alone.history, **CLOSE)
-
-
-def test_a_size_that_diverges_leaves_the_others(small):
-    """One step leaves huge weights, and the next ones overflow."""
-    part = Batch(*(leaf[:64] for leaf in small))
-    config = TrainConfig(hidden=(8,), batch_size=16, optimiser=optax.sgd, learning_rate=1e18)
-    options = {"seeds": [0, 1], "dropout_rates": [0.0], "config": config, "epochs": 1}
-    alone = sweep(part, part, **options, train_sizes=[16])
-    with pytest.warns(UserWarning, match=r"^of 64 training examples: .*the loss is not finite"):
-        run = sweep(part, part, **options, train_sizes=[16, 64])
-    jax.tree.map(lambda leaf, other: np.testing.assert_array_equal(leaf[0], other[0]), run, alone)
-    for leaf in jax.tree.leaves(run.history):
-        np.testing.assert_array_equal(np.isnan(leaf), np.broadcast_to([[[[False]]], [[[True]]]], leaf.shape))
-    with pytest.raises(NonFiniteLossError):
-        sweep(part, part, **options, train_sizes=[64])
-
-
-def test_when_every_lane_fails_the_error_has_a_run_like_any_other(small):
-    options = {"seeds": [0, 1, 2], "dropout_rates": [0.9], "config": TrainConfig(learning_rate=2e7), "epochs": 60}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        with pytest.raises(NonFiniteLossError) as caught:
-            sweep(small, small, **options)
-    run = caught.value.run
-    assert run.history.running_loss.shape[:2] == (1, 3)
-    assert all(isinstance(leaf, np.ndarray) and leaf.shape[:2] == (1, 3) for leaf in jax.tree.leaves(run))
-    again = pickle.loads(pickle.dumps(caught.value))
-    assert (str(again), again.epoch, again.step) == (str(caught.value), caught.value.epoch, caught.value.step)
-    assert_close(again.run, run, rtol=0, atol=0)
-
-
-def test_reports_have_the_axes_of_the_result(small, validation):
-    ends = []
-    run = sweep_all(small, validation, on_epoch=ends.append)
-    assert [end.epoch for end in ends] == [1, 2]
-    assert (ends[0].dropout_rates, ends[0].seeds) == (sweep_worker.RATES, sweep_worker.SEEDS)
-    assert ends[0].config == TrainConfig()
-    assert ends[0].history.validation.loss.shape == (2, 3)
-    np.testing.assert_array_equal(ends[1].history.train.loss, run.history.train.loss[..., 1])
-    assert_close(ends[1].fetch_state(), run.state, rtol=0, atol=0)
-
-
-def test_only_as_many_lanes_as_fit():
-    class Accelerator:
-        platform = "gpu"
-
-        def memory_stats(self):
-            return {"bytes_limit": 80 * 2**30}
-
-    class Small(Accelerator):
-        def memory_stats(self):
-            return {"bytes_limit": 2**20}
-
-    many = lanes_that_fit(Accelerator(), TrainConfig())
-    assert 256 <= many <= 20_000
-    assert lanes_that_fit(Accelerator(), TrainConfig(hidden=(2048, 1024))) < many / 10
-    assert lanes_that_fit(Small(), TrainConfig()) == 1
-    assert lanes_that_fit(jax.devices("cpu")[0], TrainConfig()) == 1
-
-
-def test_too_many_lanes_say_how_many_fit(small, validation):
-    config = TrainConfig(hidden=(1_000_000,))
-    message = (
-        r"6 lanes on 1 devices, 1 at once on each, do not fit into their memory; about [0-5] lanes of this config do"
-    )
-    with pytest.raises(MemoryError, match=message):
-        sweep_all(small, validation, config=config)
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"seeds": []}, ValueError, "seeds must name at least one"),
-        ({"seeds": [1, 1]}, ValueError, "none twice; got"),
-        ({"seeds": [-1]}, ValueError, "seeds must lie between 0 and"),
-        ({"seeds": [2**40]}, ValueError, "seeds must lie between 0 and"),
-        ({"seeds": [0.5]}, TypeError, "seeds must be ints, got 0.5"),
-        ({"dropout_rates": []}, ValueError, "dropout_rates must name at least one"),
-        ({"dropout_rates": [0.2, 0.2]}, ValueError, "none twice"),
-        ({"dropout_rates": [0.2, 1.0]}, ValueError, r"dropout_rates must lie in \[0, 1\), got 1.0"),
-        ({"train_sizes": [0]}, ValueError, "train_sizes must be at least 1, got 0"),
-        ({"train_sizes": [10, 10]}, ValueError, "none twice"),
-        ({"epochs": 0}, ValueError, "epochs must be at least 1"),
-        ({"lanes_at_once": 0}, ValueError, "lanes_at_once must be at least 1"),
-    ],
-)
-def test_bad_arguments_are_refused(small, validation, options, error, message, unchecked):
-    with pytest.raises(error, match=message):
-        sweep_all(small, validation, **options)
+def test_two_processes_train_one_sweep(data, tmp_path):
+    """They share a directory of checkpoints. Where one dies the other ends, and the next two resume."""
+    saved = str(tmp_path / "saved")
+    living, dying = two_machines()
+    dead, _ = launch(data, tmp_path, living, {**dying, "die_in": "epoch", "die_at": 2}, checkpoint=saved)
+    assert all(process.returncode for process in dead)
+    assert dead[0].stderr.strip()
+    processes, files = launch(data, tmp_path, *two_machines(), checkpoint=saved)
+    assert_hold(processes, files, sweep(*data, config=CONFIG, **LANES))
+    for process in processes:
+        assert re.search("resuming after epoch [12] of 3", process.stderr)
+        assert process.stdout.splitlines()[-1] == "2 processes, 4 devices"
+    # One process goes on where two have been.
+    close(*(sweep(*data, config=CONFIG, **LANES | {"epochs": 4}, checkpoint=place) for place in (saved, None)))
 
 
 def test_machines_are_described_whole():
-    with pytest.raises(ValueError, match="belong together"):
-        join_machines("localhost:1", processes=2)
+    with pytest.raises(
+        ValueError, match="coordinator, processes and process belong together, got 'host:1', 2 and None"
+    ):
+        join_machines("host:1", processes=2)
 
 
-@pytest.mark.parametrize("coordinator", ["localhost", "localhost:", ":", "localhost:port"])
-def test_a_coordinator_has_a_port(coordinator):
-    with pytest.raises(ValueError, match=f"coordinator must be host:port, got '{coordinator}'"):
-        join_machines(coordinator, 1, 0)
+def test_an_accelerator_trains_as_many_lanes_as_fit():
+    def count(size, *hidden):
+        device = types.SimpleNamespace(platform="gpu", memory_stats=lambda: {"bytes_limit": size})
+        return lanes_that_fit(device, TrainConfig(model=FashionMLP(hidden=hidden)), (28, 28))
+
+    assert 20_000 >= count(80 * 2**30, 256, 128, 64) >= 256 > 10 * count(2**30, 2048, 1024)
+    assert count(2**20, 256) == 1

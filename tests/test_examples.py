@@ -1,0 +1,301 @@
+"""The examples, run as users run them, on real data: what they write, and how they end."""
+
+import contextlib
+import dataclasses
+import importlib
+import json
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from fashion_jax import Splits, data, devices, evaluate, predict, predict_mc, report
+from fashion_jax.callbacks import read_json_lines
+from fashion_jax.interop import load_safetensors, save_safetensors
+from fashion_jax.script import run_script
+from fashion_jax.steps import init_state
+
+ROOT = Path(__file__).parents[1]
+NAMES = sorted(path.stem for path in (ROOT / "examples").glob("*.py") if "run_script(" in path.read_text())
+# A shell makes what it starts in the background ignore Ctrl-C, and children inherit that.
+START = "import runpy, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); sys.argv = sys.argv[1:]; "
+START += "runpy.run_path(sys.argv[0], run_name='__main__')"
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Start compare_overfit.py; what these processes compile they share, and none outlives the test."""
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    with contextlib.ExitStack() as stack:
+
+        def start(*flags: str) -> subprocess.Popen:
+            command = [sys.executable, "-c", START, "examples/compare_overfit.py", *" ".join(flags).split()]
+            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+            process = stack.enter_context(subprocess.Popen(command, cwd=ROOT, env=os.environ | cache, **pipes))
+            stack.callback(process.kill)
+            return process
+
+        yield start
+
+
+def wait_for(process: subprocess.Popen, epochs: int) -> str:
+    """Return what the process wrote on standard error up to so many more epochs."""
+    text = ""
+    for line in process.stderr:
+        text += line
+        if text.count("\nepoch ") == epochs:
+            return text
+    raise AssertionError(text)
+
+
+def cells(text: str) -> list[list[str]]:
+    """Return the cells of all tables in a text, headings and rules included."""
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+
+
+def is_picture(path: Path) -> bool:
+    return np.ptp(np.asarray(Image.open(path).convert("L"))) > 200
+
+
+def test_compare_gives_the_same_report_however_often_it_is_stopped(start, tmp_path):
+    flags = "--rates 0.5 0 0.1 --seeds 2 --train-size 1000 --holdout 0.2 --hidden 16 --reference"
+    saving = f"{flags} --checkpoint {tmp_path}/saved --log {tmp_path}/log --output {tmp_path}/stopped"
+    process = start(saving, "--epochs 100000")
+    wait_for(process, 2)
+    process.send_signal(signal.SIGINT)
+    out, errors = process.communicate()
+    assert (process.returncode, "| dropout raises accuracy" in out) == (130, True), errors
+    assert re.search(rf"^interrupted after epoch \d+ of 100000; .* resumes from {tmp_path}/saved$", errors, re.M)
+
+    process = start(saving, "--epochs 100000")
+    assert "\nresuming after epoch " in wait_for(process, 2)
+    process.kill()
+    process.communicate()
+    epochs = 2 + max(int(re.sub(r"\D", "", path.stem)) for path in (tmp_path / "saved").glob("epoch-*"))
+    process = start(saving, f"--epochs {epochs}")
+    out, errors = process.communicate()
+    assert (process.returncode, errors.count("\nepoch ")) == (0, 2), errors
+
+    process = start(flags, f"--output {tmp_path}/whole --epochs {epochs}")
+    wait_for(process, 1)
+    process.stderr.close()  # Nobody reads its progress any more.
+    assert process.stdout.read() == out
+    assert process.wait() in (0, 120)  # Python's own status if it cannot flush standard error.
+    stopped, files = (
+        {path.name: path.read_bytes() for path in sorted((tmp_path / name).iterdir())} for name in ("stopped", "whole")
+    )
+    assert stopped == files
+    assert list(files) == ["history.json", "losses.png", "prediction.png", "report.json", "report.md", "samples.png"]
+    assert files["report.md"].decode() == out
+
+    history, results = json.loads(files["history.json"]), json.loads(files["report.json"])
+    assert history["flags"]["epochs"] == epochs
+    assert not set(report.PLACES) & history["flags"].keys()
+    accuracy = {name: np.array(arm["validation"]["accuracy"]) for name, arm in history["arms"].items()}
+    assert list(accuracy) == ["dropout 0.5", "no dropout", "dropout 0.1"]
+    assert "\nNo dropout against dropout 0.1:\n" in out
+    gain = (accuracy["dropout 0.1"] - accuracy["no dropout"])[:, -1].mean()
+    assert f"{gain:+.4f}" in next(row[2] for row in cells(out) if row[0] == "dropout raises accuracy")
+    assert (len(results["verdicts"]), len(results["test"])) == (7, 3 * 2)
+    rows = read_json_lines(tmp_path / "log")
+    for arm, rate in zip(accuracy, (0.5, 0.0, 0.1), strict=True):
+        for seed in (0, 1):
+            logged = {row["epoch"]: row for row in rows if (row["dropout_rate"], row["seed"]) == (rate, seed)}
+            losses = [logged[epoch]["validation_loss"] for epoch in range(1, epochs + 1)]
+            assert losses == history["arms"][arm]["validation"]["loss"][seed]
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, caplog, splits, tmp_path, unchecked):
+    """Run an example here, on 1,200 and 300 images; return its exit status, what it printed, and what it logged."""
+    train = data.subset(splits.train, 1_200, key=jax.random.key(1))
+    test = data.subset(splits.test, 300, key=jax.random.key(1))
+    monkeypatch.setattr(data, "load", lambda data_dir=None, load=data.load: load(data_dir) and Splits(train, test))
+    monkeypatch.setattr(devices, "use_all_cores", lambda: None)
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    monkeypatch.setenv("COLUMNS", "200")
+    caplog.set_level(logging.INFO, "fashion_jax")
+
+    def run(name, flags, **constants):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        module = importlib.import_module(name)
+        for constant, value in constants.items():
+            monkeypatch.setattr(module, constant, value)
+        monkeypatch.setattr(sys, "argv", [name, *flags.split()])
+        caplog.clear()
+        with pytest.raises(SystemExit) as ended:
+            run_script(module.main, module.Flags, module.__doc__)
+        printed = capsys.readouterr()
+        return ended.value.code or 0, printed.out + printed.err, caplog.text
+
+    return run
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_help_explains_every_flag(run, name):
+    status, text, _ = run(name, "--help")
+    assert status == 0
+    told = " ".join(re.sub("[│╭╮╰╯─]", " ", text).split())
+    module = sys.modules[name]
+    assert " ".join(module.__doc__.split()) in told
+    for field in dataclasses.fields(module.Flags):
+        spelled = "--" + field.name.replace("_", "-")
+        if "Positional" not in str(field.type):
+            meaning = re.search(rf" {spelled}\b(?!-)(.*?)\(default:", told)
+            assert meaning, spelled
+            assert len(meaning[1].split()) > 3, spelled
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "message"),
+    [
+        ("compare_overfit", "--rates 0.2 1.5", r"dropout_rate must lie in \[0, 1\), got 1\.5"),
+        ("compare_overfit", "--rates 0.2 0.2", "dropout_rate must hold at least one value, and none twice"),
+        ("compare_overfit", "--seeds 0", "seeds must hold at least one value"),
+        ("compare_overfit", "--epochs 0", "epochs must be at least 1, got 0"),
+        ("compare_overfit", "--batch-size 0", "batch_size must be at least 1, got 0"),
+        ("compare_overfit", "--learning-rate inf", "learning_rate must be finite, got inf"),
+        ("compare_overfit", "--holdout 1.5", "--holdout.*: fraction must leave examples in both parts, got 1.5"),
+        ("compare_overfit", "--train-size 70000", "--train-size: size must be at most 1200"),
+        ("compare_overfit", "--data-dir /no/where", "data_dir.* is not a directory: /no/where"),
+        ("compare_overfit", "--output /dev/null/out", "Not a directory: '/dev/null/out'"),
+        ("compare_overfit", "--processes 2", "coordinator, processes and process belong together"),
+        ("dropout_sweep", "--sizes 60000", "--sizes: size must be at most 1000"),
+        ("calibration", "--train-size 0", "--train-size: size must be at least 1, got 0"),
+        ("best_perceptron", "--train-size 2", "--train-size: fraction must leave examples in both parts"),
+        ("classify", "", "there is no picture to classify"),
+        ("export", "/no/network.safetensors", "No such file or directory: '/no/network.safetensors'"),
+    ],
+)
+def test_bad_flags_are_named_in_one_line(run, tmp_path, name, flags, message):
+    status, text, log = run(name, f"--output {tmp_path} {flags}")
+    assert (status, text) == (1, "")
+    (error,) = [line for line in log.splitlines() if "ERROR" in line]
+    assert re.search(f"error: .*{message}", error)
+    assert "epoch 1/" not in log
+    assert not list(tmp_path.iterdir())
+
+
+def test_dropout_sweep_chooses_on_a_hold_out(run, tmp_path):
+    flags = f"--rates 0 0.9 --sizes 300 --seeds 2 --epochs 1 --output {tmp_path} --checkpoint {tmp_path}/saved"
+    status, text, _ = run("dropout_sweep", flags)
+    assert status == 0
+    found = json.loads((tmp_path / "history.json").read_text())
+    losses = np.array(found["arms"]["300 images"]["validation"]["loss"])
+    chosen = (0, 0.9)[losses[:, :, -1].mean(axis=1).argmin()]
+    assert found["test"]["300 images"]["chosen rate"] == chosen
+    assert cells(text)[2][1] == report.mean_and_std(losses[0, :, -1])
+    assert cells(text)[-1][:2] == ["300", f"{chosen:g}"]
+    assert is_picture(tmp_path / "study.png")
+    again = run("dropout_sweep", flags)[1]
+    assert "epoch 1/1" in text.removeprefix(again)  # Nothing was left to train.
+
+
+def test_best_perceptron_is_chosen_on_a_hold_out(run, tmp_path):
+    grid = {"dropout_rate": (0.0, 0.95), "weight_decay": (0.1,)}
+    flags = f"--epochs 2 --seeds 2 --train-size 600 --output {tmp_path}"
+    status, text, _ = run("best_perceptron", flags, STRUCTURES={"augmented": ((32,), None, grid)})
+    assert status == 0
+    tried = [row for row in cells(text) if row[0] == "augmented"]
+    assert [row[1:3] for row in tried] == [["0", "0.1"], ["0.95", "0.1"]]
+    assert f"Test set: augmented, dropout rate {max(tried, key=lambda row: row[3])[1]}," in text
+    test = data.load().test
+    accuracies = []
+    for seed in (0, 1):
+        network = load_safetensors(tmp_path / f"network-{seed}.safetensors")
+        accuracies.append(float(evaluate(network.params, test, config=network.config).accuracy))
+    found = json.loads((tmp_path / "report.json").read_text())["test"]["accuracy"]
+    np.testing.assert_allclose(found, accuracies, atol=1e-6)
+
+
+def test_rivals_choose_on_a_hold_out(run, tmp_path):
+    rivals = {name: (16, {"learning_rate": (1e-6, 0.01)}) for name in ("nothing", "early stopping")}
+    claims = [("early stopping", "nothing")]
+    flags = f"--sets 100 40 --seeds 4 --output {tmp_path}"
+    status, text, _ = run("when_dropout_helps", flags, RIVALS=rivals, CLAIMS=claims)
+    assert status == 0
+    chosen = {row[0]: row[1] for row in cells(text) if len(row) == 5}
+    assert chosen["nothing"] == chosen["early stopping"] == "learning_rate 0.01"
+    tested = json.loads((tmp_path / "report.json").read_text())["test"]["100 images"]
+    # So few images are soon learned by heart.
+    assert np.mean(tested["early stopping"]["loss"]) < np.mean(tested["nothing"]["loss"])
+    gain = np.subtract(tested["early stopping"]["accuracy"], tested["nothing"]["accuracy"]).mean()
+    assert f": {gain:+.4f} [" in next(row[2] for row in cells(text) if "more accurate than" in row[0])
+    assert is_picture(tmp_path / "rivals.png")
+
+
+def test_calibration_compares_three_ways_to_predict(run, tmp_path):
+    flags = f"--epochs 2 --seeds 2 --samples 3 --rate 0.5 --train-size 600 --output {tmp_path}"
+    status, text, _ = run("calibration", flags)
+    assert status == 0
+    arms = json.loads((tmp_path / "report.json").read_text())["arms"]
+    assert list(arms) == ["no dropout", "dropout, weights scaled", "Monte Carlo dropout"]
+    for arm, scores in arms.items():
+        np.testing.assert_array_equal(np.sum(scores["confusion"], axis=(1, 2)), [300, 300])
+        assert [arm, f"{np.mean(scores['accuracy']):.4f}"] in [[row[0], row[1][:6]] for row in cells(text)]
+    assert len({str(scores["loss"]) for scores in arms.values()}) == 3
+    assert [row[0] for row in cells(text)].count("rotated by 90°") == 2
+    assert is_picture(tmp_path / "reliability.png")
+    assert is_picture(tmp_path / "entropy.png")
+
+
+def test_classify_trains_keeps_and_uses_a_network(run, tmp_path):
+    test, model = data.load().test, tmp_path / "kept" / "network.safetensors"
+    good, bad = tmp_path / "größe.png", tmp_path / "bad.png"
+    Image.fromarray(test.images[0]).save(good)
+    bad.write_text("no picture")
+    flags = f"{good} --model {model} --output {tmp_path}/out"
+    status, text, log = run("classify", f"{bad} {flags} --epochs 2 --rate 0.3")
+    assert (status, "epoch 2/2" in text) == (1, True)
+    assert f"error: {bad} is not a PNG, JPEG or WebP image" in log
+    network = load_safetensors(model)
+    best = predict(network.params, test.images[:1])[0]
+    assert network.config.model.dropout_rate == 0.3
+    assert cells(text)[2][:3] == [str(good), data.CLASS_NAMES[best.argmax()], f"{best.max():.3f}"]
+
+    status, text, _ = run("classify", f"{flags} --samples 5")
+    assert (status, "epoch" in text) == (0, False)
+    mc = predict_mc(network.params, test.images[:1], key=jax.random.key(0), samples=5, config=network.config)
+    best = mc.probabilities[0].argmax()
+    assert cells(text)[2][2] == f"{mc.probabilities[0, best]:.3f} ± {mc.std[0, best]:.3f}"
+    assert cells(text)[2][-1] == f"{mc.mutual_information[0]:.3f}"
+    assert is_picture(tmp_path / "out" / "01-größe.png")
+
+
+def test_export_reads_each_format_back(run, tmp_path):
+    model = tmp_path / "network.safetensors"
+    save_safetensors(model, init_state(jax.random.key(0)).params)
+    for path in (model, tmp_path / "out" / "network.pth"):
+        status, text, _ = run("export", f"{path} --output {tmp_path}/out")
+        rows = cells(text)[2:]
+        assert (status, len(rows)) == (0, 6)
+        assert all(float(difference) < 1e-5 for _, difference, _ in rows)
+        assert len({accuracy for *_, accuracy in rows}) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (ValueError("no"), 1, "error: no"),
+        (MemoryError(), 1, "error: MemoryError()"),
+        (KeyboardInterrupt(), 130, "interrupted; the same command resumes from saved"),
+        (ZeroDivisionError(), None, None),
+    ],
+)
+def test_a_mistake_of_ours_keeps_its_traceback(monkeypatch, caplog, error, status, line):
+    def main(flags):
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["script"])
+    flags = dataclasses.make_dataclass("Flags", [("checkpoint", str, "saved")])
+    with pytest.raises(SystemExit if status else ZeroDivisionError) as ended:
+        run_script(main, flags, "A script.")
+    assert not status or (ended.value.code, caplog.messages) == (status, [line])

@@ -1,0 +1,142 @@
+"""Files are whole or absent, and a damaged one is noticed. Processes, limits and file systems are real."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from fashion_jax.files import DamagedError, load_tensors, save_tensors, write
+
+DTYPES = ["bool", "float16", "float32", "float64", ml_dtypes.bfloat16]
+DTYPES += [f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)]
+TENSORS = {"kernel": np.arange(6.0).reshape(2, 3).T, "step": np.array(7, np.int32), "none": np.zeros((0, 3))}
+METADATA = {"rate": "0.2", "seed": "3", "umlaut": "ä"}
+
+
+@pytest.fixture
+def saved(tmp_path) -> Path:
+    save_tensors(tmp_path / "directory" / "file", TENSORS, METADATA)
+    return tmp_path / "directory" / "file"
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def flipped(content: bytes, bit: int) -> bytes:
+    damaged = bytearray(content)
+    damaged[bit // 8] ^= 1 << bit % 8
+    return bytes(damaged)
+
+
+@pytest.mark.parametrize("content", ["text with an ä", b"bytes", ""])
+def test_a_file_is_made_or_replaced_with_its_directories(tmp_path, content):
+    path = tmp_path / "a" / "b" / "file"
+    for text in ("before", content):
+        write(str(path), text)
+    assert path.read_bytes() == (content if isinstance(content, bytes) else content.encode())
+    assert names(path.parent) == ["file"]
+
+
+def test_a_link_keeps_leading_to_its_file_on_another_file_system_too(tmp_path):
+    elsewhere = Path("/dev/shm") if Path("/dev/shm").is_dir() else tmp_path
+    target = elsewhere / f"fashion_jax-{os.getpid()}"
+    (tmp_path / "link").symlink_to(target)
+    try:
+        for content in ("first", "second"):
+            write(tmp_path / "link", content)
+            assert target.read_text() == content
+    finally:
+        target.unlink(missing_ok=True)
+    assert names(tmp_path) == ["link"]
+
+
+FULL_DISK = """
+import resource, signal, sys
+from fashion_jax.files import write
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+write(sys.argv[1], "x" * 100_000)
+"""
+KILLED_BEFORE_THE_RENAME = """
+import os, signal, sys
+from fashion_jax.files import write
+os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGKILL)
+write(sys.argv[1], "x" * 100_000)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has neither")
+@pytest.mark.parametrize(("code", "status"), [(FULL_DISK, 1), (KILLED_BEFORE_THE_RENAME, -9)])
+def test_a_full_disk_and_a_kill_leave_the_file_before(saved, code, status):
+    before = saved.read_bytes()
+    result = subprocess.run([sys.executable, "-c", code, saved], capture_output=True, text=True, check=False)
+    assert result.returncode == status
+    assert saved.read_bytes() == before
+    left = set(names(saved.parent)) - {"file"}
+    assert all(name.endswith(".partial") for name in left)
+    if status == 1:
+        assert f"not written, an existing file is intact: '{saved}'" in result.stderr.splitlines()[-1]
+        assert not left
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(), (0,), (3, 0, 2), (2, 3, 4)])
+def test_tensors_come_back_bit_for_bit(tmp_path, dtype, shape):
+    bits = np.random.default_rng(0).bytes(np.dtype(dtype).itemsize * int(np.prod(shape)))
+    array = np.ones(shape, bool) if dtype == "bool" else np.frombuffer(bits, dtype).reshape(shape)
+    arrays = {"a": array, "transposed": array.T, "backwards": array[..., ::-1] if shape else array}
+    save_tensors(tmp_path / "file", arrays, METADATA)
+    tensors, metadata = load_tensors(tmp_path / "file")
+    assert metadata == METADATA
+    for name, array in arrays.items():
+        assert (tensors[name].dtype, tensors[name].shape) == (array.dtype, array.shape)
+        assert tensors[name].tobytes() == array.tobytes()
+
+
+def test_the_same_content_is_the_same_file(saved):
+    before = saved.read_bytes()
+    for _ in range(5):
+        save_tensors(saved, dict(reversed(TENSORS.items())), dict(reversed(METADATA.items())))
+        assert saved.read_bytes() == before
+
+
+def test_every_flipped_bit_raises(saved):
+    before = saved.read_bytes()
+    others = [flipped(before, bit) for bit in range(8 * len(before))]
+    for content in [*others, before[:-1], before + b"\0", before[:5], b"", b"GIF89a" * 9]:
+        saved.write_bytes(content)
+        with pytest.raises(ValueError, match=r"is damaged|has no digest"):
+            load_tensors(saved)
+    save_tensors(saved, {"kernel": np.random.default_rng(0).random((784, 256), np.float32)}, {})
+    before = saved.read_bytes()
+    for bit in np.random.default_rng(0).integers(8 * len(before), size=20).tolist():
+        saved.write_bytes(flipped(before, bit))
+        with pytest.raises(DamagedError, match=f"{saved} is damaged"):
+            load_tensors(saved)
+
+
+def test_what_another_program_saved_is_told_from_what_it_saved_again(saved):
+    tensors, _ = load_tensors(saved)
+    with safetensors.safe_open(saved, "np") as file:
+        described = file.metadata()
+    safetensors.numpy.save_file(tensors, saved, metadata=described | {"format": "pt"})
+    again, metadata = load_tensors(saved)
+    assert metadata["umlaut"] == "ä"
+    np.testing.assert_array_equal(again["kernel"], TENSORS["kernel"])
+    safetensors.numpy.save_file(tensors | {"step": np.array(8, np.int32)}, saved, metadata=described)
+    with pytest.raises(DamagedError, match="does not match its SHA-256"):
+        load_tensors(saved)
+    safetensors.numpy.save_file(tensors, saved)
+    with pytest.raises(ValueError, match="has no digest: another program wrote it"):
+        load_tensors(saved)
+
+
+def test_the_metadata_may_name_the_format(saved):
+    save_tensors(saved, TENSORS, METADATA | {"format": "pt"})
+    assert load_tensors(saved)[1]["rate"] == "0.2"

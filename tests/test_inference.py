@@ -1,0 +1,177 @@
+"""Class probabilities against float64 NumPy, and Monte Carlo dropout against a loop over thinned networks."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.special import rel_entr, softmax
+
+from fashion_jax.config import TrainConfig
+from fashion_jax.inference import CHUNK, SAMPLES_AT_ONCE, _log_probs, _sample, predict, predict_mc
+from fashion_jax.model import FashionMLP, normalize
+from fashion_jax.steps import evaluate, init_state
+
+KEY = jax.random.key(5)
+MC = {"key": KEY, "samples": 37, "dropout_rate": 0.3}
+
+
+class Plain(nn.Module):
+    """A network without dropout, whose log-probabilities are bfloat16."""
+
+    @nn.compact
+    def __call__(self, images, *, deterministic):
+        x = normalize(images).reshape(len(images), -1)
+        return nn.log_softmax(nn.Dense(10)(x)).astype(jnp.bfloat16)
+
+
+class Fixed(Plain):
+    """Flax's own dropout on the input, at a rate that is no field."""
+
+    @nn.compact
+    def __call__(self, images, *, deterministic):
+        x = normalize(images).reshape(len(images), -1)
+        x = nn.Dropout(0.5)(x, deterministic=deterministic)
+        return nn.log_softmax(nn.Dense(10)(x))
+
+
+@pytest.fixture(scope="module")
+def params(trained):
+    return trained.state.params
+
+
+@pytest.fixture(scope="module")
+def images(splits):
+    return splits.test.images
+
+
+def forward(params, images):
+    """The network in float64, by NumPy."""
+    x = ((np.asarray(images, np.float64) / 255 - 0.5) / 0.5).reshape(len(images), -1)
+    for i in range(1, len(params) + 1):
+        layer = {name: np.asarray(leaf, np.float64) for name, leaf in params[f"fc{i}"].items()}
+        x = x @ layer["kernel"] + layer["bias"]
+        x = np.maximum(x, 0) if i < len(params) else x
+    return softmax(x, axis=1)
+
+
+def close(actual, expected, atol=1e-5):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=atol), actual, expected)
+
+
+def test_probabilities_are_those_of_float64_and_accuracy_is_that_of_fit(trained, params, splits):
+    probabilities = predict(params, splits.test.images)
+    close(probabilities, forward(params, splits.test.images))
+    correct = int((probabilities.argmax(axis=1) == splits.test.labels).sum())
+    assert correct == round(10_000 * float(trained.history.validation.accuracy[-1]))
+
+
+@pytest.mark.parametrize("n", [0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5])
+def test_a_row_does_not_depend_on_the_other_images(params, images, n):
+    close(predict(params, images[:n]), predict(params, images[: 4 * CHUNK])[:n], atol=1e-6)
+    close(predict(params, jnp.array(images[:n])), predict(params, images[:n]), atol=0)
+    whole = predict_mc(params, images[: 4 * CHUNK], **MC)
+    close(predict_mc(params, images[:n], **MC), jax.tree.map(lambda leaf: leaf[:n], whole))
+
+
+def test_no_number_of_images_or_samples_and_no_rate_compiles_again(params, images):
+    sizes = []
+    for n in (1, 2, CHUNK + 70):
+        predict(params, images[:n])
+        predict_mc(params, images[:n], key=jax.random.key(n), samples=n, dropout_rate=n / 200)
+        predict_mc(params, images[:n], key=KEY, samples=1, dropout_rate=0.0)
+        sizes.append((_log_probs._cache_size(), _sample._cache_size()))
+    assert sizes[0] == sizes[1] == sizes[2]
+
+
+def test_lane_axes_stay_in_front(params, images):
+    key = jax.random.key(1)
+    lanes = [params, init_state(key).params, jax.tree.map(jnp.zeros_like, params)]
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves)[None], *lanes)
+    images = images[: CHUNK + 3]
+    probabilities, drawn = predict(stacked, images), predict_mc(stacked, images, **MC)
+    assert probabilities.shape == drawn.std.shape == (1, 3, CHUNK + 3, 10)
+    for i, lane in enumerate(lanes):
+        close(probabilities[0, i], predict(lane, images))
+        close(jax.tree.map(lambda leaf, i=i: leaf[0, i], drawn), predict_mc(lane, images, **MC))
+
+
+def test_monte_carlo_is_a_loop_over_thinned_networks(params, images):
+    model = FashionMLP(dropout_rate=0.3)
+
+    @jax.jit
+    def thinned(image, sample):
+        rngs = {"dropout": jax.random.fold_in(KEY, sample)}
+        return jnp.exp(model.apply({"params": params}, image[None], deterministic=False, rngs=rngs)[0])
+
+    drawn = np.array([[thinned(image, sample) for image in images[:5]] for sample in range(37)], np.float64)
+    mean = drawn.mean(axis=0)
+    prediction = predict_mc(params, images[:5], **MC)
+    close(prediction.probabilities, mean, atol=1e-6)
+    close(prediction.std, drawn.std(axis=0))
+    close(prediction.entropy, -(mean * np.log(mean)).sum(axis=1))
+    # The mutual information is also the mean divergence of the samples from their mean.
+    close(prediction.mutual_information, rel_entr(drawn, mean).sum(axis=2).mean(axis=0))
+    close(predict_mc(params, images[:5], key=KEY, samples=37, config=TrainConfig(model=model)), prediction, atol=0)
+
+
+def test_uncertainty_has_its_bounds(params, images):
+    noise = np.random.default_rng(0).integers(0, 256, (100, 28, 28), np.uint8)
+    for pixels in (images[:100], noise):
+        prediction = predict_mc(params, pixels, **MC)
+        close(prediction.probabilities.sum(axis=1), np.ones(100))
+        assert (prediction.mutual_information >= 0).all()
+        assert (prediction.mutual_information <= prediction.entropy).all()
+        assert (prediction.entropy <= np.log(10) + 1e-6).all()
+        assert prediction.std.max() > 0.01
+
+
+@pytest.mark.parametrize("samples", [1, SAMPLES_AT_ONCE, SAMPLES_AT_ONCE + 1])
+def test_at_rate_0_all_samples_are_the_plain_prediction(params, images, samples):
+    prediction = predict_mc(params, images[:40], key=KEY, samples=samples, dropout_rate=0.0)
+    close(prediction.probabilities, predict(params, images[:40]), atol=1e-6)
+    close((prediction.std, prediction.mutual_information), (np.zeros((40, 10)), np.zeros(40)), atol=1e-7)
+
+
+def test_models_of_the_user_s_own_are_predicted(splits):
+    batch = jax.tree.map(lambda leaf: jnp.asarray(leaf[:1_000]), splits.test)
+    for model in (Plain(), Fixed()):
+        config = TrainConfig(model=model)
+        params = init_state(KEY, config=config).params
+        probabilities = predict(params, batch.images, config=config)
+        assert probabilities.dtype == np.float32
+        accuracy = (probabilities.argmax(axis=1) == splits.test.labels[:1_000]).mean()
+        assert accuracy == pytest.approx(float(evaluate(params, batch, config=config).accuracy), abs=1e-6)
+    prediction = predict_mc(params, splits.test.images[:9], key=KEY, samples=20, config=config)
+    assert prediction.std.max() > 0.01
+
+
+@pytest.mark.parametrize("config", [TrainConfig(), TrainConfig(model=Plain())])
+def test_a_model_that_drops_nothing_has_no_monte_carlo(images, config):
+    params = init_state(KEY, config=config).params
+    with pytest.raises(ValueError, match="drops nothing; pass the rate that it was trained with"):
+        predict_mc(params, images[:2], key=KEY, samples=2, config=config)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"images": np.zeros((2, 28, 28), np.float32)}, TypeError, "images must be uint8 pixels .* got float32"),
+        ({"images": [[0]]}, TypeError, "images must be a NumPy or JAX array, got list"),
+        ({"images": np.zeros((28, 28), np.uint8)}, ValueError, r"images must have shape \[n, height, width\]"),
+        ({"images": np.zeros((2, 14, 28), np.uint8)}, ValueError, r"fc1.kernel must have shape \[392, 256\]"),
+        ({"config": TrainConfig(model=FashionMLP((256, 64)))}, ValueError, "fc4.kernel is not part of the model"),
+        ({"key": jax.random.PRNGKey(0)}, TypeError, "key must be one typed key"),
+        ({"samples": 0}, ValueError, "samples must be at least 1, got 0"),
+        ({"dropout_rate": 1.0}, ValueError, r"dropout_rate must lie in \[0, 1\)"),
+        ({"dropout_rate": "0.2"}, TypeError, "dropout_rate must be a number"),
+        ({"rate": 0.2}, TypeError, "unexpected keyword argument 'rate'"),
+    ],
+)
+def test_bad_arguments_are_named(params, unchecked, change, error, message):
+    arguments = {"params": params, "images": np.zeros((2, 28, 28), np.uint8), "config": TrainConfig()} | change
+    with pytest.raises(error, match=message):
+        predict_mc(**MC | arguments)
+    if not change.keys() & {*MC, "rate"}:
+        with pytest.raises(error, match=message):
+            predict(**arguments)

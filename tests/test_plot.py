@@ -1,0 +1,193 @@
+"""The figures: each line and bar shows its numbers, on light and dark pages, without a display."""
+
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import matplotlib.style
+import numpy as np
+import pytest
+from matplotlib.colors import to_rgb
+
+from fashion_jax import plot
+from fashion_jax.types import History, Metrics
+
+NAMES, IMAGE, HALVES = list("abcdefghij"), np.zeros((28, 28), np.uint8), np.full(2, 0.5)
+CURVES = ["training loss (running)", "training loss (eval mode)", "validation loss"]
+
+
+def history(*shape) -> History:
+    leaves = np.random.default_rng(0).uniform(0.2, 0.5, (5, *shape))
+    return History(leaves[0], Metrics(leaves[1], leaves[2]), Metrics(leaves[3], leaves[4]))
+
+
+def losses_of(arm: History) -> list:
+    return [arm.running_loss, arm.train.loss, arm.validation.loss]
+
+
+def legend(owner) -> list[str]:
+    return [text.get_text() for text in owner.get_texts()]
+
+
+def test_losses_draws_mean_band_and_lowest():
+    arm = history(3, 5)
+    figure = plot.losses({"plain": arm, "dropped": arm})
+    assert [axes.get_title() for axes in figure.axes] == ["plain", "dropped"]
+    assert legend(figure.legends[0]) == CURVES
+    assert figure.axes[0].get_ylabel() == "loss (nats), mean ± std of 3 seeds"
+    for axes in figure.axes:
+        *lines, ring = axes.lines
+        for line, band, leaf in zip(lines, axes.collections, losses_of(arm), strict=True):
+            mean, std = leaf.mean(axis=0), leaf.std(axis=0, ddof=1)
+            np.testing.assert_allclose(line.get_xydata(), np.stack([[1, 2, 3, 4, 5], mean], axis=1))
+            edges = band.get_paths()[0].vertices[:, 1]
+            assert (edges.min(), edges.max()) == pytest.approx(((mean - std).min(), (mean + std).max()))
+        assert len({line.get_linestyle() for line in lines}) == 3
+        mean = arm.validation.loss.mean(axis=0)
+        assert ring.get_xydata().tolist() == [[mean.argmin() + 1, mean.min()]]
+        assert legend(axes.get_legend()) == [f"lowest validation loss: {mean.min():.3f}, epoch {mean.argmin() + 1}"]
+        assert axes.get_xlabel() == "epoch"
+
+
+@pytest.mark.parametrize("epochs", [1, 5])
+def test_losses_of_one_run_have_no_band(epochs):
+    (axes,) = plot.losses({"one": jax.tree.map(jnp.array, history(epochs))}).axes
+    assert not axes.collections
+    assert axes.get_ylabel() == "loss (nats)"
+    assert [line.get_marker() for line in axes.lines[:3]] == 3 * ["o" if epochs == 1 else ""]
+
+
+def test_losses_leaves_out_diverged_runs():
+    arm = history(3, 5)
+    stopped = jax.tree.map(np.copy, arm)
+    for leaf in jax.tree.leaves(stopped):
+        leaf[0, 2:] = np.nan
+    left, right = plot.losses({"arm": stopped, "whole": arm}).axes
+    assert (left.get_title(), right.get_title()) == ("arm (1 of 3 runs diverged)", "whole")
+    for line, leaf in zip(left.lines, losses_of(arm), strict=False):
+        np.testing.assert_allclose(line.get_ydata(), leaf[1:].mean(axis=0))
+    # If none is left, all are drawn as far as they go.
+    alone = jax.tree.map(lambda leaf: leaf[0], stopped)
+    nothing = jax.tree.map(lambda leaf: np.full_like(leaf, np.nan), alone)
+    left, right = plot.losses({"alone": alone, "nothing": nothing}).axes
+    np.testing.assert_allclose(left.lines[2].get_ydata()[:2], alone.validation.loss[:2])
+    assert left.get_title() == "alone (1 of 1 runs diverged)"
+    assert len(right.lines) == 3
+
+
+def test_losses_draws_the_reference_below():
+    arm, reference = history(3, 5), history(2, 4)._replace(train=Metrics(*np.full((2, 2, 4), np.nan)))
+    figure = plot.losses({"plain": arm, "dropped": arm}, reference={"plain": reference})
+    left, right = figure.axes
+    assert (len(left.lines), len(right.lines)) == (8, 4)
+    thin = left.lines[3:7]
+    for line, curve in zip(thin, [*reference.running_loss, *reference.validation.loss], strict=True):
+        np.testing.assert_array_equal(line.get_ydata(), curve)
+    assert max(line.get_zorder() for line in thin) < min(line.get_zorder() for line in left.lines[:3])
+    assert legend(figure.legends[0])[3:] == ["reference, training loss (running)", "reference, validation loss"]
+
+
+def test_classification_draws_ten_bars(splits):
+    probabilities, spread = np.full(10, 0.02), np.full(10, 0.05)
+    probabilities[3] = 0.97
+    figure = plot.classification(splits.test.images[0], probabilities, class_names=NAMES, label=9, spread=spread)
+    picture, bars = figure.axes
+    np.testing.assert_array_equal(picture.images[0].get_array(), splits.test.images[0])
+    assert (picture.get_title(), bars.get_title()) == ("label: j", "prediction: d")
+    assert [bar.get_width() for bar in bars.patches] == probabilities.tolist()
+    assert [bool(bar.get_hatch()) for bar in bars.patches] == 9 * [False] + [True]
+    assert [text.get_text() for text in bars.texts] == [f"{share:.3f}" for share in probabilities]
+    (lines,) = bars.containers[1].lines[2]
+    ends = np.array(lines.get_segments())[:, :, 0]
+    np.testing.assert_allclose(ends, np.stack([probabilities - spread, probabilities + spread], axis=1).clip(0, 1))
+    plain = plot.classification(jnp.array(splits.test.images[0]), jnp.array(probabilities), class_names=NAMES)
+    assert (plain.axes[0].get_title(), plain.axes[1].get_xlabel()) == ("", "probability")
+
+
+def test_samples_are_laid_row_by_row(splits):
+    images = splits.train.images[:7]
+    sheet = plot.samples(images, columns=3).axes[0].images[0].get_array()
+    assert sheet.shape == (84, 84)
+    for i, image in enumerate(images):
+        row, column = divmod(i, 3)
+        np.testing.assert_array_equal(sheet[row * 28 :, column * 28 :][:28, :28], image)
+    assert (sheet[56:, 28:] == 0).all()
+    color = np.stack(3 * [images], axis=-1)
+    assert plot.samples(color).axes[0].images[0].get_array().shape == (28, 840, 3)
+
+
+def test_dollars_in_names_are_no_formula():
+    arm, names = history(2, 3), ["$a$", "$\\bad", *"23456789"]
+    figure = plot.classification(IMAGE, np.eye(10)[1], class_names=names, label=0)
+    titles = [axes.title for axes in [*figure.axes, *plot.losses({"$\\bad$": arm}).axes]]
+    texts = titles + figure.axes[1].get_yticklabels()
+    assert not any(text.get_parse_math() for text in texts)
+    figure.draw_without_rendering()
+
+
+@pytest.mark.parametrize("style", ["default", "dark_background"])
+def test_marks_stand_out_from_the_page(style):
+    """By a WCAG contrast of at least 2.5, the bars' edges and error bars included."""
+    with matplotlib.style.context(style):
+        curves = plot.losses({"arm": history(2, 5)}, reference={"arm": history(2, 5)})
+        bars = plot.classification(IMAGE, np.eye(10)[1], class_names=NAMES, spread=np.ones(10))
+    axes, bar = bars.axes[1], bars.axes[1].patches[0]
+    marks = [line.get_color() for line in curves.axes[0].lines]
+    marks += [bar.get_facecolor(), bar.get_edgecolor(), *axes.containers[1].lines[2][0].get_colors()]
+    for mark in marks:
+        colors = np.array([to_rgb(mark), to_rgb(axes.get_facecolor())])
+        luminance = colors**2.2 @ [0.2126, 0.7152, 0.0722] + 0.05
+        assert luminance.max() / luminance.min() > 2.5, mark
+
+
+@pytest.mark.parametrize(("suffix", "start"), [(".png", b"\x89PNG"), (".pdf", b"%PDF"), (".svg", b"<?xml")])
+def test_the_suffix_names_the_format(tmp_path, suffix, start):
+    figure = plot.samples(IMAGE[None])
+    plot.save(figure, tmp_path / "new" / f"sheet{suffix}")
+    assert (tmp_path / "new" / f"sheet{suffix}").read_bytes().startswith(start)
+    for wrong in ("sheet.xyz", "sheet"):
+        with pytest.raises(ValueError, match="supported"):
+            plot.save(figure, tmp_path / wrong)
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
+
+
+def test_importing_costs_nothing_and_drawing_needs_no_pyplot():
+    code = """
+import io, sys
+import numpy as np
+from fashion_jax import plot
+assert "matplotlib" not in sys.modules
+import matplotlib
+names = set(matplotlib.rcParams) - {"backend"}  # Reading the backend loads pyplot.
+before = {name: matplotlib.rcParams[name] for name in names}
+plot.samples(np.zeros((9, 28, 28), np.uint8)).savefig(io.BytesIO())
+assert {name: matplotlib.rcParams[name] for name in names} == before
+assert "matplotlib.pyplot" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
+
+
+def classify(image=IMAGE, probabilities=HALVES, **more):
+    return plot.classification(image, probabilities, class_names=["a", "b"], **more)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: plot.losses({"arm": history(2, 3, 5)}), ValueError, r"arms\['arm'\] must have leaves \[epochs\] or"),
+        (lambda: plot.losses({"arm": None}), TypeError, r"arms\['arm'\] must be a History, got NoneType"),
+        (lambda: classify(IMAGE / 255), TypeError, "image must be uint8 pixels from 0 to 255, got float64"),
+        (lambda: classify(probabilities=HALVES[None]), ValueError, r"probabilities must have shape \[2\] .* \[1, 2\]"),
+        (lambda: classify(spread=np.ones(3)), ValueError, r"spread must have shape \[2\] like class_names, got \[3\]"),
+        (lambda: classify(probabilities=np.log(HALVES)), ValueError, r"must lie in \[0, 1\], got -0.69.* undoes a log"),
+        (lambda: classify(probabilities=np.array([np.nan, 1])), ValueError, r"must lie in \[0, 1\], got nan"),
+        (lambda: plot.samples(IMAGE[None] / 255), TypeError, "images must be uint8 pixels"),
+        (lambda: plot.samples(IMAGE), ValueError, r"images must have shape \[n, height, width\]"),
+        (lambda: plot.samples(IMAGE[None][:0]), ValueError, r"and not be empty, got \[0, 28, 28\]"),
+        (lambda: plot.samples(IMAGE[None], columns=0), ValueError, "columns must be at least 1, got 0"),
+    ],
+)
+def test_bad_input_is_named(call, error, message, unchecked):
+    with pytest.raises(error, match=message):
+        call()
