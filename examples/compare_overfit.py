@@ -7,8 +7,9 @@ from typing import Any, Literal
 import jax
 import optax
 
-from fashion_jax import FashionMLP, JsonLines, Progress, TrainConfig, devices, evaluate, judge, predict, report, sweep
+from fashion_jax import FashionMLP, JsonLines, Progress, TrainConfig, devices, evaluate, predict, report, sweep
 from fashion_jax.data import CLASS_NAMES, hold_out, load, subset
+from fashion_jax.evidence import drop_diverged, judge
 from fashion_jax.plot import classification, losses, samples
 from fashion_jax.script import exit_if_interrupted, flag, publish, run_script
 
@@ -40,8 +41,7 @@ def main(flags: Flags) -> None:
     devices.use_all_cores()
     if flags.coordinator or flags.processes or flags.process:
         devices.join_machines(flags.coordinator, flags.processes, flags.process)
-    train, test = load(flags.data_dir)
-    validation = test
+    train, validation = splits = load(flags.data_dir)
     with flag("--holdout, --train-size"):
         if flags.holdout:
             train, validation = hold_out(train, flags.holdout, key=jax.random.key(0))
@@ -58,7 +58,7 @@ def main(flags: Flags) -> None:
         return
 
     arms = {f"dropout {rate:g}" if rate else "no dropout": result.at(dropout_rate=rate) for rate in flags.rates}
-    histories = {name: arm.history for name, arm in arms.items()}
+    histories = drop_diverged({name: arm.history for name, arm in arms.items()})
     tables: dict[str, Any] = {"Mean ± std over seeds; losses in nats:": report.table(histories)}
     verdicts, tested = [], {}
     dropped = [name for name in arms if name != "no dropout"]
@@ -69,16 +69,16 @@ def main(flags: Flags) -> None:
         tables["Test set, touched once:"] = rows = [["arm", "after", "loss", "accuracy"]]
         for name, arm in arms.items():
             for when, run in {"the last epoch": arm.state, "the best hold-out epoch": arm.best}.items():
-                tested[f"{name}, {when}"] = metrics = evaluate(run.params, test, config=config)
+                tested[f"{name}, {when}"] = metrics = evaluate(run.params, splits.test, config=config)
                 rows.append([name, when, *map(report.mean_and_std, metrics)])
 
     curves = report.read_curves(REFERENCE) if flags.reference else {}
     reference = {name: curves[rate] for name, rate in zip(arms, flags.rates, strict=True) if rate in curves}
-    params, label = result.at(dropout_rate=flags.rates[-1], seed=0).state.params, int(test.labels[0])
-    probabilities = predict(params, test.images[:1], config=config)[0]
+    params, label = result.at(dropout_rate=flags.rates[-1], seed=0).state.params, int(splits.test.labels[0])
+    probabilities = predict(params, splits.test.images[:1], config=config)[0]
     figures = {
         "losses": losses(histories, reference=reference),
-        "prediction": classification(test.images[0], probabilities, class_names=CLASS_NAMES, label=label),
+        "prediction": classification(splits.test.images[0], probabilities, class_names=CLASS_NAMES, label=label),
         "samples": samples(train.images[:900]),
     }
     results = {"verdicts": verdicts, "test": tested}

@@ -14,9 +14,9 @@
 # A network *overfits* when it goes on getting better on the images that it learns from, and gets worse on images that
 # it has never seen. *Dropout* is a common remedy: at each training step, switch off a random part of the hidden units.
 #
-# A well-known PyTorch tutorial trains one small network without dropout and one with it, draws two plots, and concludes
-# that dropout prevents overfitting. This notebook repeats its experiment in JAX, and then asks how much two plots can
-# prove.
+# Udacity's PyTorch notebook *Inference and Validation* trains one small network without dropout and one with it, draws
+# two plots, and concludes that dropout prevents overfitting. This notebook repeats its experiment in JAX, and then asks
+# how much two plots can prove.
 #
 # You need some Python and an idea of what a neural network is, but no JAX. On two CPU cores the notebook runs for a few
 # minutes, nearly all of it in one cell of part 5.

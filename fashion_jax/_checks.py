@@ -300,7 +300,7 @@ def finite_epoch(row: History, rows: Sequence[History], axes: Mapping[str, Seque
         raise FloatingPointError(f"training diverged in epoch {epoch}; a lower learning_rate may help")
     lanes = list(itertools.product(*axes.values()))
     first = ", ".join(f"{name}={value}" for name, value in zip(axes, lanes[new.argmax()], strict=True))
-    told = f"{new.sum()} of {len(new)} runs diverged in epoch {epoch} ({first}{', ...' * (new.sum() > 1)})"
+    told = f"{new.sum()} of {len(new)} runs diverged in epoch {epoch} ({first}{', ...' if new.sum() > 1 else ''})"
     warnings.warn(f"{told}; their history is NaN from there on", stacklevel=5)
 
 

@@ -4,8 +4,11 @@ Pure functions. Seeds are the repetitions: within a seed all arms share initial 
 so arms are compared by paired differences.
 """
 
+import warnings
+from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
+import jax
 import numpy as np
 from jaxtyping import Array, Float, Int
 
@@ -232,6 +235,29 @@ def compare(claim: str, first: PerSeed, second: PerSeed, *, quantity: str) -> Ve
     'supported'
     """
     return _verdict(claim, quantity, paired(first, second), "above")
+
+
+def drop_diverged(arms: Mapping[str, History]) -> dict[str, History]:
+    """Return the arms without the seeds that diverged in any of them, with a warning: arms are compared seed by seed.
+
+    Args:
+        arms: Title and history of each arm; leaves [seeds, epochs].
+
+    Raises:
+        FloatingPointError: No seed is left.
+
+    >>> from fashion_jax.types import Metrics
+    >>> curve = np.array([[0.5, 0.4], [0.5, np.nan]])
+    >>> with warnings.catch_warnings(action="ignore"):
+    ...     drop_diverged({"plain": History(curve, Metrics(curve, curve), Metrics(curve, curve))})["plain"].train.loss
+    array([[0.5, 0.4]])
+    """
+    lost = np.any([np.isnan(arm.running_loss).any(axis=-1) for arm in arms.values()], axis=0)
+    if lost.all():
+        raise FloatingPointError("every seed diverged in some arm; a lower learning_rate may help")
+    if lost.any():
+        warnings.warn(f"seeds {np.flatnonzero(lost).tolist()} diverged and are left out of every arm", stacklevel=2)
+    return {title: jax.tree.map(lambda leaf: np.asarray(leaf)[~lost], arm) for title, arm in arms.items()}
 
 
 def _verdict(claim: str, quantity: str, measured: Interval, side: Side, threshold: float = 0.0) -> Verdict:

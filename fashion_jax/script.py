@@ -18,7 +18,9 @@ INTERRUPTED = 130
 logger: logging.Logger = logging.getLogger(__name__)
 
 
-def run_script(main: Callable[[Any], int | None], flags_type: type, description: str | None, **options) -> NoReturn:
+def run_script(
+    main: Callable[[Any], int | None], flags_type: type, description: str | None, **options: Any
+) -> NoReturn:
     """Parse flags, run `main(flags)`, and exit: with its status, 1 after an error, 130 after Ctrl-C."""
     flags = tyro.cli(flags_type, description=description, **options)
     logging.basicConfig(format="%(message)s")

@@ -6,7 +6,7 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Key
 
 from fashion_jax import _checks
 from fashion_jax.config import TrainConfig, compose, compose_model, negative_log_likelihood
@@ -71,7 +71,7 @@ def train_epoch(
     epoch = state.step // -(-n // config.batch_size)
     order_key, dropout_key = (jax.random.fold_in(key, epoch) for key in jax.random.split(key, 3)[1:])
     # One sort; jax.random.permutation sorts twice to break ties.
-    indices, weights = _pad(jnp.argsort(jax.random.bits(order_key, (n,))), config.batch_size)
+    indices, weights = _split(jnp.argsort(jax.random.bits(order_key, (n,))), n, config.batch_size)
 
     def step(state, inputs):
         indices, weights, key = inputs
@@ -138,26 +138,22 @@ def evaluate(
     Returns:
         Metrics with the lane axes of `params`.
 
-    Raises:
-        ValueError: The parameters do not fit the model.
-
     >>> batch = Batch(jnp.zeros((5, 28, 28), jnp.uint8), jnp.arange(5))
     >>> params = init_state(jax.random.key(0)).params
     >>> two = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), params)
     >>> evaluate(two, batch, config=TrainConfig(eval_batch_size=2)).loss.shape
     (2,)
     """
-    indices, weights = _pad(jnp.arange(len(batch.labels)), config.eval_batch_size)
+    n = len(batch.labels)
+    chunks = _split(batch, n, config.eval_batch_size)
 
     def evaluate_one(params):
-        def chunk(inputs):
-            indices, weights = inputs
-            rows = jax.tree.map(lambda leaf: leaf[indices], batch)
+        def total(chunk):
+            rows, weights = chunk
             metrics = eval_step(params, rows, config=config, weights=weights, **hyperparameters)
             return jax.tree.map(lambda mean: mean * weights.sum(), metrics)
 
-        totals = jax.lax.map(chunk, (indices, weights))
-        return jax.tree.map(lambda total: total.sum() / len(batch.labels), totals)
+        return jax.tree.map(lambda totals: totals.sum() / n, jax.lax.map(total, chunks))
 
     over_lanes = evaluate_one
     for _ in range(_checks.params(params, _checks.param_shapes(config, batch.images.shape[1:]))):
@@ -193,9 +189,14 @@ def eval_step(
     )
 
 
-def _pad(rows: Int[Array, " n"], size: int) -> tuple[Int[Array, "steps size"], Float[Array, "steps size"]]:
-    """Split rows into batches; padding repeats the last row with weight 0, so that no batch holds made-up images."""
-    size = min(size, len(rows))
-    padding = -len(rows) % size
-    weights = jnp.pad(jnp.ones(len(rows), jnp.result_type(float)), (0, padding))
-    return jnp.pad(rows, (0, padding), "edge").reshape(-1, size), weights.reshape(-1, size)
+def _split(tree: Any, n: int, size: int) -> tuple[Any, Float[Array, "batches size"]]:
+    """Split leaves [n, ...] into batches; padding repeats the last row with weight 0, so that no image is made up."""
+    size = min(size, n)
+    padding = -n % size
+
+    def split(leaf, mode):
+        widths = [(0, padding)] + [(0, 0)] * (leaf.ndim - 1)
+        return jnp.pad(leaf, widths, mode).reshape(-1, size, *leaf.shape[1:])
+
+    weights = split(jnp.ones(n, jnp.result_type(float)), "constant")
+    return jax.tree.map(lambda leaf: split(leaf, "edge"), tree), weights

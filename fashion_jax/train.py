@@ -69,7 +69,7 @@ def fit(
         config: Model, optimizer, loss and batches: what is fixed at compile time.
         epochs: Passes over the training set.
         start: A state to continue from, or the `best` of a run, whose parameters then start a new one.
-        callbacks: Called after each epoch with an `EpochEnd`; the run ends when one returns True.
+        callbacks: Called after each epoch with an `EpochEnd`; the run ends when one returns a true bool.
         checkpoint: Directory to save every epoch to. A run that was killed resumes there, and ends with the same bytes.
         **hyperparameters: Fields of the model, such as `dropout_rate`, and arguments of the optimizer factory.
 
@@ -234,12 +234,11 @@ def _run_epochs(runs: Lanes, carry: Carry, store: Any, epochs: int, callbacks, a
             carry, row = runs.map(_epoch, progress[0], np.int32(epoch))
             row = runs.fetch(row)
             _checks.finite_epoch(row, progress[1], axes)
-            progress = (carry, [*progress[1], row])
             fetch_state = functools.partial(lambda carry: _reshape(runs.fetch(carry.state), axes), carry)
             end = EpochEnd(epoch, epochs, axes, fixed, _reshape(row, axes), fetch_state)
             answers = [callback(end) for callback in callbacks]
+            progress = (carry, [*progress[1], row])
             save()
-            # NumPy's comparisons give its own bool; what else is true, such as the result of a write, ends no run.
             if any(isinstance(answer, (bool, np.bool_)) and answer for answer in answers):
                 break
     except KeyboardInterrupt:

@@ -10,11 +10,12 @@ import numpy as np
 import optax
 import pytest
 import torch
-from sweep_worker import CONFIG, equal
+from sweep_worker import LINEAR, equal, parts
 
-from fashion_jax import FashionMLP, TrainConfig, hold_out, load, predict, subset
+from fashion_jax import FashionMLP, TrainConfig, load, predict, subset
 from fashion_jax.callbacks import Progress
 from fashion_jax.checkpoint import Checkpoints
+from fashion_jax.devices import join_machines
 from fashion_jax.model import normalize
 from fashion_jax.steps import evaluate, init_state
 from fashion_jax.train import fit, sweep
@@ -24,28 +25,26 @@ pytestmark = pytest.mark.usefixtures("unchecked")
 KEY = jax.random.key(0)
 T, V = TypeError, ValueError
 ONCE = "must hold at least one value, and none twice, got"
-SGD = TrainConfig(model=CONFIG.model, optimizer=optax.sgd)
+SGD = TrainConfig(model=LINEAR.model, optimizer=optax.sgd)
 
 
 @pytest.fixture(scope="module")
-def data(small) -> Batch:
-    return Batch(*(leaf[:100] for leaf in small))
+def data(small, splits) -> Batch:
+    return parts(small, splits)[0]
 
 
 def run(data, train=None, **changes):
-    return fit(*(train or (data, data)), **{"key": KEY, "config": CONFIG, "epochs": 1} | changes)
+    return fit(*(train or (data, data)), **{"key": KEY, "config": LINEAR, "epochs": 1} | changes)
 
 
 def grid(data, **changes):
-    return sweep(data, data, **{"seeds": [0], "config": CONFIG, "epochs": 1} | changes)
+    return sweep(data, data, **{"seeds": [0], "config": LINEAR, "epochs": 1} | changes)
 
 
 class Logits(nn.Module):
-    shape: tuple[int, ...] = (10,)
-
     @nn.compact
     def __call__(self, images, *, deterministic):
-        return nn.DenseGeneral(self.shape)(normalize(images).reshape(len(images), -1))
+        return nn.Dense(10)(normalize(images).reshape(len(images), -1))
 
 
 def assert_raises(error, message, call, *arguments, **named):
@@ -61,9 +60,8 @@ DATA = [
     (lambda d: d._replace(images=torch.from_numpy(d.images.copy())), T, r"\.images must be .* Tensor; .*\.numpy\(\)"),
     (lambda d: d._replace(images=d.images.tolist()), T, r"\.images must be a NumPy or JAX array, got list"),
     (lambda d: d._replace(labels=d.labels * 1.0), T, r"\.labels must be integers, got float64"),
-    (lambda d: d._replace(labels=d.labels[:-1]), V, r" must hold images .* got \[100, 28, 28\] and \[99\]"),
+    (lambda d: d._replace(labels=d.labels[:-1]), V, r" must hold images .* got \[200, 28, 28\] and \[199\]"),
     (lambda d: d._replace(labels=np.eye(10, dtype=int)[d.labels]), V, r" must hold .* and labels \[n\], got"),
-    (lambda d: d._replace(images=d.images.reshape(100, -1)), V, r" must hold images \[n, height, width\] .* got"),
     (lambda d: Batch(d.images[:0], d.labels[:0]), V, " must hold at least one example, got none"),
     (lambda d: d._replace(labels=d.labels - 9), V, r"\.labels must lie in 0\.\..*, got -9\.\.0"),
     (lambda d: d.images, T, r" must be a Batch\(images, labels\), got ndarray"),
@@ -72,56 +70,40 @@ DATA = [
 
 @pytest.mark.parametrize(("spoil", "error", "message"), DATA)
 def test_bad_data_is_named(data, spoil, error, message):
-    bad = spoil(data)
-    assert_raises(error, f"^train{message}", run, data, (bad, data))
-    assert_raises(error, f"^validation{message}", run, data, (data, bad))
-    assert_raises(error, f"^batch{message}", subset, bad, 1, key=KEY)
+    assert_raises(error, f"^train{message}", run, data, (spoil(data), data))
+    assert_raises(error, f"^validation{message}", run, data, (data, spoil(data)))
+    assert_raises(error, f"^batch{message}", subset, spoil(data), 1, key=KEY)
 
 
 FIT = [
     ({"key": 0}, T, r"^key must be one typed key, from jax\.random\.key\(seed\); got 0"),
     ({"key": jax.random.PRNGKey(0)}, T, "^key must be one typed key"),
-    (
-        {"lr": 0.1},
-        T,
-        "^there is no hyperparameter 'lr'; the model has dropout_rate; the optimizer has learning_rate, b1",
-    ),
+    ({"lr": 0.1}, T, "^there is no hyperparameter 'lr'; the model has dropout_rate; the optimizer has learning_ra"),
     ({"dropout_rate": 1.0}, V, r"^dropout_rate must lie in \[0, 1\), got 1\.0"),
-    ({"dropout_rate": -0.1}, V, r"^dropout_rate must lie in \[0, 1\), got -0\.1"),
     ({"dropout_rate": 1 - 1e-12}, V, r"^dropout_rate must lie in \[0, 1\)"),
     ({"learning_rate": float("nan")}, V, "^learning_rate must be finite, got nan"),
     ({"learning_rate": "0.1"}, T, "^learning_rate must be a number, got '0.1'"),
-    ({"learning_rate": None}, T, "^learning_rate must be a number, got None"),
     ({"learning_rate": [0.1, 0.2]}, T, r"^learning_rate must be a number, got \[0\.1, 0\.2\]"),
     ({"learning_rate": optax.constant_schedule(0.1)}, T, "^learning_rate must be .*; a schedule belongs into the opti"),
     ({"epochs": 0}, V, "^epochs must be at least 1, got 0"),
-    ({"epochs": 2.0}, T, r"^epochs must be an integer, got 2\.0"),
     ({"config": {"batch_size": 3}}, T, "^config must be a TrainConfig, got {'batch_size': 3}"),
     ({"callbacks": Progress}, T, "^callbacks must be a list of functions, got <class"),
     ({"callbacks": [Progress]}, T, r"^callbacks must be a list of functions, got \[<class"),
-    ({"callbacks": print}, T, "^callbacks must be a list of functions, got <built-in"),
     ({"checkpoint": 5}, T, "^checkpoint must be a path, got 5"),
+    ({"checkpoint": __file__}, OSError, f"File exists: '{__file__}'"),
     ({"checkpoint": "gs://bucket/run"}, V, "^checkpoint must be a local path, got 'gs://bucket/run'"),
     ({"checkpoint": Checkpoints("no", every=0)}, V, r"^checkpoint\.every must be at least 1, got 0"),
-    ({"checkpoint": Checkpoints("no", keep=1.5)}, T, r"^checkpoint\.keep must be an integer, got 1\.5"),
     ({"start": {"fc1": {}}}, T, "^start must be a TrainState or a Best, such as run.best, got dict"),
     ({"start": Best({"fc1": {}}, 1.0, 1)}, V, r"^params do not fit the model: fc1\.bias is missing"),
     ({"start": init_state(KEY, config=SGD)}, V, "^start does not fit the config: its optimizer state is another"),
     ({"config": TrainConfig(model=Logits())}, V, r"^the model must return log-prob.* sum to .*\.log_softmax"),
-    ({"config": TrainConfig(model=Logits((2, 5)))}, V, r"^the model must return .* got \['n', 2, 5\]"),
-    (
-        {"config": TrainConfig(loss=lambda p, y: p.sum())},
-        V,
-        r"^loss must return one number an example, \[n\], got \[\]",
-    ),
+    ({"config": TrainConfig(loss=lambda p, y: p.sum())}, V, r"^loss must return one number an example, \[n\], got"),
     ({"config": TrainConfig(model=FashionMLP(classes=5))}, V, r"^train\.labels must lie in 0\.\.4, got 0\.\.9"),
 ]
 SWEEP = [
     ({"seeds": 3}, T, r"^seeds must be a sequence such as range\(8\), got 3"),
     ({"seeds": []}, V, rf"^seeds {ONCE} \[\]"),
     ({"seeds": [0, 1, 0]}, V, rf"^seeds {ONCE} \[0, 1, 0\]"),
-    ({"seeds": [-1]}, V, "^seeds must be at least 0, got -1"),
-    ({"seeds": [0.0]}, T, r"^seeds must be an integer, got 0\.0"),
     ({"seed": (1, 2)}, T, "^there is no hyperparameter 'seed'"),
     ({"dropout_rate": (0.0, 1.0)}, V, r"^dropout_rate must lie in \[0, 1\), got 1\.0"),
     ({"learning_rate": ()}, V, rf"^learning_rate {ONCE} \[\]"),
@@ -129,16 +111,14 @@ SWEEP = [
     ({"lanes_at_once": 0}, V, "^lanes_at_once must be at least 1, got 0"),
 ]
 OTHER = [
-    (lambda d: run(d, (d, d._replace(images=d.images[:, ::2]))), V, r"^validation\.images must .* got \[100, 14, 28\]"),
+    (lambda d: run(d, (d, d._replace(images=d.images[:, ::2]))), V, r"^validation\.images must .* got \[200, 14, 28\]"),
     (lambda d: jax.jit(functools.partial(fit, key=KEY))(d, d), T, r"^train\.images is traced by jax\.jit or jax\.vmap"),
     (lambda d: load(source="web"), V, "^source must be one of auto, idx, tfds, download; got 'web'"),
-    (lambda d: hold_out(d, 1.0, key=KEY), V, r"^fraction must leave examples in both parts, got 1\.0 of 100"),
+    (lambda d: join_machines("host:1", processes=2), V, "^coordinator, processes and process belong together, got 'h"),
     (lambda d: TrainConfig(optimizer=optax.adam(0.1)), T, r"^optimizer must be a factory such as optax\.adam"),
     (lambda d: evaluate({"fc1": {}}, d), V, r"^params do not fit the model: fc1\.bias is missing"),
     (lambda d: predict({"fc1": {}}, d.images / 255), T, "^images must be uint8 pixels from 0 to 255, got float64"),
 ]
-
-
 CASES = [(run, *row) for row in FIT] + [(grid, *row) for row in SWEEP] + [(call, {}, *row) for call, *row in OTHER]
 
 
@@ -147,22 +127,17 @@ def test_bad_arguments_are_named(data, call, changes, error, message):
     assert_raises(error, message, call, data, **changes)
 
 
+OUTSIDE = "is traced by jax.jit or jax.vmap; call this outside"
+NOT_YET = [
+    (lambda d: jax.jit(lambda key: run(d, key=key))(KEY), f"^key {OUTSIDE}"),
+    (lambda d: jax.vmap(lambda rate: run(d, b1=rate))(jnp.ones(2)), f"^b1 {OUTSIDE}"),
+    (lambda d: run(d, key=jax.random.split(KEY)), "^key must be one typed key"),
+]
+
+
 @pytest.mark.xfail(reason="_checks.key and _checks.number do not look for tracers, nor shorten what they show")
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (
-            lambda d: jax.jit(lambda key: run(d, key=key))(KEY),
-            "^key is traced by jax.jit or jax.vmap; call this outside",
-        ),
-        (
-            lambda d: jax.vmap(lambda rate: run(d, learning_rate=rate))(jnp.ones(2)),
-            "^learning_rate is traced by jax.jit",
-        ),
-        (lambda d: run(d, key=jax.random.split(KEY)), "^key must be one typed key"),
-    ],
-)
-def test_runs_are_no_part_of_a_program(data, call, message):
+@pytest.mark.parametrize(("call", "message"), NOT_YET)
+def test_tracers_and_many_keys_are_named(data, call, message):
     assert_raises(T, message, call, data)
 
 

@@ -62,9 +62,6 @@ def contents(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
-# A run that resumes
-
-
 @pytest.mark.parametrize("every", [1, 3])
 def test_a_resumed_run_ends_with_the_same_bytes(data, whole, tmp_path, every):
     ends, run = [], None
@@ -80,23 +77,16 @@ def test_a_resumed_run_ends_with_the_same_bytes(data, whole, tmp_path, every):
 
 
 def test_a_resumed_sweep_ends_with_the_same_bytes(data, tmp_path):
-    """One of its runs has diverged before."""
-    options = {"config": CONFIG, "seeds": [0, 5], "learning_rate": (0.01, 1e30), "epochs": 4}
-    with pytest.warns(UserWarning, match="2 of 4 runs diverged in epoch 1"):
-        expected = sweep(*data, **options)
-    with pytest.warns(UserWarning, match="2 of 4 runs diverged in epoch 1"):
-        sweep(*data, **options, checkpoint=tmp_path, callbacks=[lambda end: end.epoch == 2])
-    equal(sweep(*data, **options, checkpoint=str(tmp_path)), expected)
-
-
-def test_an_optimizer_s_half_precision_comes_back(data, tmp_path):
-    """NumPy has no such type of its own."""
+    """Some of its runs have diverged, and its optimizer's state has a type that NumPy lacks."""
     optimizer = functools.partial(optax.sgd, momentum=0.9, accumulator_dtype=jnp.bfloat16)
-    options = {"key": KEY, "config": TrainConfig(model=FashionMLP(hidden=()), optimizer=optimizer)}
-    for epochs in (1, 3):
-        run = fit(*data, **options, epochs=epochs, checkpoint=tmp_path)
-    equal(run, fit(*data, **options, epochs=3))
-    assert "bfloat16" in {leaf.dtype.name for leaf in jax.tree.leaves(run.state.opt_state)}
+    options = {"config": TrainConfig(model=CONFIG.model, optimizer=optimizer), "seeds": [0, 5], "epochs": 4}
+    options |= {"learning_rate": (0.01, 1e30)}
+    runs = []
+    for place, stop in ((None, 4), (tmp_path, 2)):
+        with pytest.warns(UserWarning, match="2 of 4 runs diverged in epoch 1"):
+            runs.append(sweep(*data, **options, checkpoint=place, callbacks=[lambda end, stop=stop: end.epoch == stop]))
+    equal(sweep(*data, **options, checkpoint=str(tmp_path)), runs[0])
+    assert "bfloat16" in {leaf.dtype.name for leaf in jax.tree.leaves(runs[0].state.opt_state)}
 
 
 def config(**changes) -> dict:
@@ -121,12 +111,10 @@ def focal(log_probs, labels):
     ("change", "message"),
     [
         ({"dropout_rate": 0.5}, r"dropout_rate is 0\.2 there and 0\.5 here\. Name"),
-        ({"learning_rate": 0.1}, r"learning_rate is 0\.02 there and 0\.1 here\. Name"),
         ({"weight_decay": 0.1}, r"weight_decay is None there and 0\.1 here"),
         ({"key": jax.random.key(2)}, r"key is \[\[0, 1\]\] there and \[\[0, 2\]\] here"),
         ({"start": init_state(KEY, config=CONFIG)}, r"start state is None there and [0-9a-f]{64} here"),
         (config(batch_size=32), "batch_size is 64 there and 32 here"),
-        (config(train_eval_size=100), "train_eval_size is 150 there and 100 here"),
         (config(model=FashionMLP(hidden=(8,))), r"model is .*hidden = \(16,\).* there and .*hidden = \(8,\).* here"),
         (config(optimizer=optax.sgd), r"optimizer is optax\.\S*\.adamw there and optax\.\S*\.sgd here"),
         (config(loss=focal), r"loss is \S*negative_log_likelihood there and test_checkpoint\.focal here"),
@@ -167,9 +155,6 @@ def test_another_version_of_jax_resumes_within_rounding(data, whole, copy, caplo
     equal(fit(*data, **OPTIONS, epochs=10, checkpoint=copy), whole)
 
 
-# What stays in the directory
-
-
 def test_the_newest_and_the_best_are_kept(data, whole, tmp_path):
     assert whole.best.epoch == 6
     for keep, every, kept in ((1, 1, [6, 10]), (2, 1, [6, 9, 10]), (3, 4, [4, 8, 10])):
@@ -187,25 +172,7 @@ def test_an_epoch_whose_callback_failed_is_trained_again(data, whole, tmp_path):
     with pytest.raises(SystemExit):
         fit(*data, **OPTIONS, epochs=10, checkpoint=tmp_path, callbacks=[fail])
     assert epochs_in(tmp_path) == [1, 2]
-    ends = []
-    equal(fit(*data, **OPTIONS, epochs=10, checkpoint=tmp_path, callbacks=[ends.append]), whole)
-    assert [end.epoch for end in ends] == list(range(3, 11))
-
-
-def breaking_after(steps):
-    optimizer = optax.scale_by_schedule(lambda count: jnp.where(count < steps, -0.1, jnp.nan))
-    return TrainConfig(model=FashionMLP(hidden=()), optimizer=lambda: optimizer)
-
-
-def test_a_run_that_diverges_leaves_its_good_epochs(data, tmp_path):
-    options = {"key": KEY, "epochs": 5, "checkpoint": tmp_path}
-    for _ in range(2):
-        with pytest.raises(FloatingPointError, match="diverged in epoch 3;"):
-            fit(*data, **options, config=breaking_after(9))
-        assert epochs_in(tmp_path) == [1, 2]
-    # A function of the same name that does something else.
-    with pytest.raises(ValueError, match=r": program is [0-9a-f]{64} there and [0-9a-f]{64} here\. Name"):
-        fit(*data, **options, config=breaking_after(10))
+    equal(fit(*data, **OPTIONS, epochs=10, checkpoint=tmp_path), whole)
 
 
 def test_runs_in_two_threads_have_a_directory_each(data, whole, tmp_path):
@@ -218,22 +185,11 @@ def test_runs_in_two_threads_have_a_directory_each(data, whole, tmp_path):
     assert not any(thread.name == "checkpoint" for thread in threading.enumerate())
 
 
-# Damage
-
-
 def save(directory: Path, *epochs: int, keep=9) -> None:
     with Store(Checkpoints(directory, keep=keep), identity={"seed": 3}, hints={"model": "MLP"}) as store:
         store.restore(TREE)
         for epoch in epochs:
             store.save(epoch, lambda epoch=epoch: {**TREE, "step": np.int32(epoch)}, best=1, last=True)
-
-
-def restored(directory: Path) -> int:
-    with Store(directory, identity={"seed": 3}) as store:
-        epoch, tree = store.restore(TREE)
-    np.testing.assert_array_equal(tree["weights"], TREE["weights"])
-    assert tree["step"] == epoch
-    return epoch
 
 
 def test_every_flipped_bit_is_noticed_and_the_checkpoint_before_is_used(tmp_path, unchecked):
@@ -277,7 +233,9 @@ def test_damaged_checkpoints_push_no_good_one_out(tmp_path):
         (tmp_path / f"epoch-0000{epoch}.safetensors").write_bytes(b"")
     with pytest.warns(UserWarning, match="is damaged"):
         save(tmp_path, 2, 3, keep=1)
-    assert restored(tmp_path) == 3
+    with Store(tmp_path, identity={"seed": 3}) as store:
+        epoch, tree = store.restore(TREE)
+    assert (epoch, int(tree["step"]), tree["weights"].tolist()) == (3, 3, TREE["weights"].tolist())
 
 
 def test_what_cannot_be_saved_raises(tmp_path):

@@ -219,7 +219,7 @@ def test_best_perceptron_is_chosen_on_a_hold_out(run, tmp_path):
 def test_rivals_choose_on_a_hold_out(run, tmp_path):
     rivals = {name: (16, {"learning_rate": (1e-6, 0.01)}) for name in ("nothing", "early stopping")}
     claims = [("early stopping", "nothing")]
-    flags = f"--sets 100 40 --seeds 4 --output {tmp_path}"
+    flags = f"--sets 100 80 --seeds 4 --output {tmp_path}"
     status, text, _ = run("when_dropout_helps", flags, RIVALS=rivals, CLAIMS=claims)
     assert status == 0
     chosen = {row[0]: row[1] for row in cells(text) if len(row) == 5}
