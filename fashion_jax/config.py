@@ -112,7 +112,9 @@ def complete(config: TrainConfig, hyperparameters: Mapping[str, Any]) -> dict[st
     return defaults | dict(hyperparameters)
 
 
-def compose(config: TrainConfig, hyperparameters: Mapping[str, Any]) -> tuple[nn.Module, optax.GradientTransformation]:
+def compose(
+    config: TrainConfig, hyperparameters: Mapping[str, Any]
+) -> tuple[nn.Module, optax.GradientTransformationExtraArgs]:
     """Build the model and the optimizer with their hyperparameters, which may be traced."""
     hyperparameters = complete(config, hyperparameters)
     arguments = {name: value for name, value in hyperparameters.items() if name not in _fields(config.model)}
@@ -121,9 +123,8 @@ def compose(config: TrainConfig, hyperparameters: Mapping[str, Any]) -> tuple[nn
 
 def compose_model(config: TrainConfig, hyperparameters: Mapping[str, Any]) -> nn.Module:
     """Build the model with those hyperparameters that are fields of it."""
-    return config.model.clone(
-        **{name: value for name, value in hyperparameters.items() if name in _fields(config.model)}
-    )
+    fields = _fields(config.model)
+    return config.model.clone(**{name: value for name, value in hyperparameters.items() if name in fields})
 
 
 def _fields(model: nn.Module) -> dict[str, float]:
