@@ -96,7 +96,7 @@ class Progress:
         self._last, where = end.epoch % end.epochs, {"total": end.epochs, "initial": end.epoch, "file": file}
         training, loss, accuracy = (_means(end, curve) for curve in (end.history.train.loss, *end.history.validation))
         figures = f"validation loss {loss}, accuracy {accuracy}"
-        if not (file.isatty() or "ipykernel" in sys.modules):
+        if not (file.isatty() or _in_notebook()):
             epoch = ", ".join(filter(None, (f"epoch {end.epoch}/{end.epochs}", _settings(end))))
             print(f"{epoch}: training loss {training}, {figures}", file=file, flush=True)
         elif self._bar is None:
@@ -174,6 +174,11 @@ class EarlyStopping:
         if np.any(better):
             self._best, self._improved = np.where(better, loss, self._best), end.epoch
         return end.epoch - self._improved >= self._patience
+
+
+def _in_notebook() -> bool:
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    return shell is not None and "IPKernelApp" in shell.config
 
 
 def _settings(end: EpochEnd) -> str:

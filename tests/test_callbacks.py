@@ -5,6 +5,7 @@ import json
 import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -62,7 +63,8 @@ def test_a_line_shows_means_over_seeds_for_each_setting(axes, loss, settings, sh
 @pytest.mark.parametrize("notebook", [False, True])
 def test_each_run_has_one_bar_that_starts_where_the_run_does(monkeypatch, notebook):
     if notebook:
-        monkeypatch.setitem(sys.modules, "ipykernel", io)
+        shell = SimpleNamespace(config={"IPKernelApp": {}})
+        monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
     file = io.StringIO() if notebook else Terminal()
     progress = Progress(file)
     for epoch in (1, 2, 3):
