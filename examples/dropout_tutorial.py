@@ -254,7 +254,7 @@ for number in range(100):
 
 # %%
 def show(end):
-    without, with_dropout = end.history.validation.loss.mean(axis=1)
+    without, with_dropout = end.history.validation.loss[..., -1].mean(axis=1)
     figures = f"{without:.4f} without dropout, {with_dropout:.4f} with it"
     line = f"epoch {end.epoch} of {end.epochs}, mean validation loss: {figures}"
     update_display(Markdown(line), display_id="progress")

@@ -9,14 +9,17 @@ import itertools
 import math
 import numbers
 import os
+import textwrap
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.core import Tracer
 
 from fashion_jax.types import Batch, History, Metrics
@@ -29,35 +32,36 @@ def integer(name: str, value: Any, least: int) -> int:
     3
     """
     if not isinstance(value, numbers.Integral) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
+        raise TypeError(f"{name} must be an integer, got {got(value)}")
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
     return int(value)
 
 
-def number(name: str, value: Any) -> float:
-    """Return a finite number, as Python's own.
+def got(value: Any) -> str:
+    """Return what was found, in one line of at most 80 characters.
 
-    >>> number("learning_rate", "fast")
-    Traceback (most recent call last):
-    TypeError: learning_rate must be a number, got 'fast'
+    >>> got(np.zeros((3, 2)))
+    'array([[0., 0.], [0., 0.], [0., 0.]])'
     """
+    return textwrap.shorten(repr(value), 80, placeholder=" ...")
+
+
+def number(name: str, value: Any) -> float:
+    """Return a finite number, as Python's own."""
+    untraced(name, value)
     scalar = isinstance(value, numbers.Real) or getattr(value, "shape", None) == ()
     if not scalar or isinstance(value, bool) or getattr(value, "dtype", np.dtype(float)).kind not in "fiuV":
-        hint = "; a schedule belongs into the optimizer factory, see TrainConfig" if callable(value) else ""
-        raise TypeError(f"{name} must be a number, got {value!r}{hint}")
+        hint = "; a schedule belongs in the optimizer factory, see TrainConfig" if callable(value) else ""
+        raise TypeError(f"{name} must be a number, got {got(value)}{hint}")
     if not math.isfinite(value):
         raise ValueError(f"{name} must be finite, got {value}")
-    return float(value)
+    # In decimals, so that np.float32(0.2) is 0.2.
+    return float(str(value) if hasattr(value, "dtype") else value)
 
 
 def rate(name: str, value: Any) -> Any:
-    """Return a dropout rate in [0, 1), as Python's own number; a traced one passes, its value is not known yet.
-
-    >>> rate("dropout_rate", 1.0)
-    Traceback (most recent call last):
-    ValueError: dropout_rate must lie in [0, 1), got 1.0
-    """
+    """Return a dropout rate in [0, 1), as Python's own number; a traced one passes, its value is not known yet."""
     if isinstance(value, Tracer):
         return value
     value = number(name, value)
@@ -67,13 +71,24 @@ def rate(name: str, value: Any) -> Any:
     return value
 
 
-def axis(name: str, values: list[Any]) -> tuple[Any, ...]:
-    """Return the values of a sweep's axis, at least one and no two alike.
+def seed(name: str, value: Any) -> int:
+    """Return a seed of 32 bits: of more, `jax.random.key` drops the upper ones."""
+    value = integer(name, value, 0)
+    if value >= 2**32:
+        raise ValueError(f"{name} must be at most {2**32 - 1}, got {value}")
+    return value
 
-    >>> axis("dropout_rate", [0.3, 0.1 + 0.2])
+
+def axis(name: str, value: Any, check: Callable[[str, Any], Any]) -> tuple[Any, ...]:
+    """Return the checked values of a sweep's axis, at least one and no two alike.
+
+    >>> axis("dropout_rate", [0.3, 0.1 + 0.2], number)
     Traceback (most recent call last):
     ValueError: dropout_rate must hold at least one value, and none twice, got [0.3, 0.30000000000000004]
     """
+    if not isinstance(value, Iterable):
+        raise TypeError(f"{name} must be a sequence such as range(8), got {got(value)}")
+    values = [check(name, entry) for entry in value]
     if not values or len(set(as_computed(values))) < len(values):
         raise ValueError(f"{name} must hold at least one value, and none twice, got {values}")
     return tuple(values)
@@ -90,14 +105,10 @@ def as_computed(values: Any) -> Any:
 
 
 def key(value: Any) -> jax.Array:
-    """Return one typed key.
-
-    >>> key(0)
-    Traceback (most recent call last):
-    TypeError: key must be one typed key, from jax.random.key(seed); got 0
-    """
+    """Return one typed key."""
+    untraced("key", value)
     if not (isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key) and value.shape == ()):
-        raise TypeError(f"key must be one typed key, from jax.random.key(seed); got {value!r}")
+        raise TypeError(f"key must be one typed key, from jax.random.key(seed); got {got(value)}")
     return value
 
 
@@ -108,10 +119,6 @@ def batch(name: str, value: Any, *, classes: int | None = None) -> Batch:
         name: Name of the argument.
         value: Images [n, height, width, ...] and labels [n].
         classes: Number of classes; labels must lie below it.
-
-    >>> batch("train", Batch(np.ones((1, 28, 28), np.uint8), np.array([10])), classes=10)
-    Traceback (most recent call last):
-    ValueError: train.labels must lie in 0..9, got 10..10
     """
     if not isinstance(value, tuple) or len(value) != 2:
         raise TypeError(f"{name} must be a Batch(images, labels), got {type(value).__name__}")
@@ -134,12 +141,7 @@ def batch(name: str, value: Any, *, classes: int | None = None) -> Batch:
 
 
 def pixels(name: str, value: Any) -> np.ndarray:
-    """Return images as a NumPy array of uint8.
-
-    >>> pixels("images", np.array([[0.0, 0.5]]))  # doctest: +ELLIPSIS
-    Traceback (most recent call last):
-    TypeError: images must be uint8 pixels from 0 to 255, got float64 from 0 to 0.5; pass the raw pixels, ...
-    """
+    """Return images as a NumPy array of uint8."""
     images = array(name, value)
     if images.dtype == np.uint8:
         return images
@@ -153,20 +155,20 @@ def pixels(name: str, value: Any) -> np.ndarray:
 
 
 def array(name: str, value: Any) -> np.ndarray:
-    """Return an array of NumPy or JAX as a plain NumPy array.
-
-    >>> array("labels", [1, 2])
-    Traceback (most recent call last):
-    TypeError: labels must be a NumPy or JAX array, got list; np.asarray converts it
-    """
-    if isinstance(value, Tracer):
-        raise TypeError(f"{name} is traced by jax.jit or jax.vmap; call this outside, and use sweep for many runs")
+    """Return an array of NumPy or JAX as a plain NumPy array."""
+    untraced(name, value)
     if isinstance(value, np.ma.MaskedArray):
         raise TypeError(f"{name} is a masked array; drop or fill the masked entries first, as its .filled() does")
     if not isinstance(value, (np.ndarray, jax.Array)):
         hint = ".numpy() converts it" if type(value).__module__ == "torch" else "np.asarray converts it"
         raise TypeError(f"{name} must be a NumPy or JAX array, got {type(value).__name__}; {hint}")
     return np.asarray(value)
+
+
+def untraced(name: str, value: Any) -> None:
+    """Raise TypeError for a value that jax.jit or jax.vmap traces."""
+    if isinstance(value, Tracer):
+        raise TypeError(f"{name} is traced by jax.jit or jax.vmap; call this outside, and use sweep for many runs")
 
 
 def history(name: str, value: Any, *axes: str, must_be_finite: bool = True) -> History:
@@ -177,12 +179,6 @@ def history(name: str, value: Any, *axes: str, must_be_finite: bool = True) -> H
         value: Metrics after each epoch.
         *axes: Names of its axes, such as "seeds", "epochs"; any number in front of the epochs if left out.
         must_be_finite: False admits a run that diverged.
-
-    >>> curve = np.ones(3)
-    >>> arm = History(curve, Metrics(curve, curve), Metrics(curve, curve))
-    >>> history("plain", arm, "seeds", "epochs")
-    Traceback (most recent call last):
-    ValueError: plain must have leaves [seeds, epochs] of one shape, got [[3]]
     """
     if not isinstance(value, History):
         hint = "; pass its .history" if hasattr(value, "history") else ""
@@ -198,12 +194,7 @@ def history(name: str, value: Any, *axes: str, must_be_finite: bool = True) -> H
 
 
 def finite(name: str, runs: np.ndarray) -> None:
-    """Raise ValueError if a number in [*runs, n] is not finite.
-
-    >>> finite("plain", np.array([[0.4, 0.3], [0.4, np.nan]]))
-    Traceback (most recent call last):
-    ValueError: plain holds numbers that are not finite, in runs [[1]]; leave these out, in every arm
-    """
+    """Raise ValueError if a number in [*runs, n] is not finite."""
     bad = np.argwhere(~np.isfinite(runs).all(axis=-1))
     if len(bad):
         where = f", in runs {bad.tolist()}; leave these out, in every arm" if bad.size else ""
@@ -237,16 +228,41 @@ def params(found: Any, expected: Mapping[str, Any]) -> int:
 
 
 @functools.lru_cache
-def param_shapes(config: Any, image_shape: tuple[int, ...]) -> Any:
-    """Return shapes and types of the model's parameters, without computing any.
-
-    >>> from fashion_jax import TrainConfig
-    >>> param_shapes(TrainConfig(), (28, 28))["fc4"]["bias"].shape
-    (10,)
-    """
+def param_shapes(model: Any, image_shape: tuple[int, ...]) -> Any:
+    """Return shapes and types of a model's parameters, without computing any."""
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.uint8)
-    init = functools.partial(config.model.init, deterministic=True)
+    init = functools.partial(model.init, deterministic=True)
     return jax.eval_shape(init, jax.random.key(0), images)["params"]
+
+
+@functools.lru_cache
+def output_shape(model: Any, image_shape: tuple[int, ...]) -> Any:
+    """Return shape and type of what a model returns in training, for one image."""
+    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.uint8)
+    apply = functools.partial(model.apply, deterministic=False, rngs={"dropout": jax.random.key(0)})
+    return jax.eval_shape(apply, {"params": param_shapes(model, image_shape)}, images)
+
+
+def structure(config: Any) -> None:
+    """Raise an error unless the fields of a `TrainConfig` have the right types and sizes."""
+    if not isinstance(config.model, nn.Module):
+        raise TypeError(f"model must be a flax.linen.Module such as FashionMLP(), got {got(config.model)}")
+    if isinstance(config.optimizer, optax.GradientTransformation):
+        raise TypeError(
+            "optimizer must be a factory such as optax.adam, and its numbers arguments of fit or sweep; got the "
+            "transformation that a factory returned"
+        )
+    for name in ("optimizer", "loss", "augment", "eval_params"):
+        value = getattr(config, name)
+        if not callable(value) and not (value is None and name in ("augment", "eval_params")):
+            raise TypeError(f"{name} must be a function, got {got(value)}")
+    for name in ("batch_size", "eval_batch_size", "train_eval_size"):
+        if getattr(config, name) is not None or name != "train_eval_size":
+            integer(name, getattr(config, name), 1)
+    try:
+        hash(config)
+    except TypeError as error:
+        raise TypeError(f"every field must be hashable, such as a tuple in place of a list: {error}") from None
 
 
 def experiment(config: Any, train: Batch, validation: Batch, lanes: Sequence[tuple[Any, Mapping[str, float]]]) -> None:
@@ -260,14 +276,11 @@ def experiment(config: Any, train: Batch, validation: Batch, lanes: Sequence[tup
             f"validation.images must have the shape of train.images, [n, {', '.join(map(str, images.shape[1:]))}], got "
             f"{list(validation.images.shape)}"
         )
-    key, first = lanes[0]
+    first = lanes[0][1]
     tried = {name: value for name, value in first.items() if hasattr(config.model, name)}
     variants = {(name, lane[name]): tried | {name: lane[name]} for _, lane in lanes for name in tried} or {0: tried}
-    output: Any = None
-    for fields in variants.values():
-        model = config.model.clone(**fields)
-        apply = functools.partial(model.apply, deterministic=False, rngs={"dropout": key})
-        output = jax.eval_shape(apply, {"params": param_shapes(config, images.shape[1:])}, images)
+    models = [config.model.clone(**fields) for fields in variants.values()]
+    output = [output_shape(model, images.shape[1:]) for model in models][-1]
     if output.ndim != 2 or len(output) != 1:
         raise ValueError(f"the model must return log-probabilities [n, classes], got {['n', *output.shape[1:]]}")
     for name, data in (("train", train), ("validation", validation)):
@@ -278,7 +291,11 @@ def experiment(config: Any, train: Batch, validation: Batch, lanes: Sequence[tup
 
 
 def log_probabilities(model: Any, params: Any, images: Any) -> None:
-    """Raise ValueError unless a Linen module returns log-probabilities: logits would train without a word."""
+    """Raise ValueError unless a Linen module returns log-probabilities: logits would train without a word.
+
+    Leaves of `params` have an axis of lanes in front.
+    """
+    params = jax.tree.map(lambda leaf: leaf[0], params)
     log_probs = jax.jit(functools.partial(model.apply, deterministic=True))({"params": params}, images)
     total = float(jnp.exp(log_probs[0].astype(jnp.float32)).sum())
     # In bfloat16 the sum is off by some hundredths.
@@ -289,13 +306,12 @@ def log_probabilities(model: Any, params: Any, images: Any) -> None:
         )
 
 
-def finite_epoch(row: History, rows: Sequence[History], axes: Mapping[str, Sequence[Any]]) -> None:
-    """Warn of the runs that have just diverged; raise FloatingPointError if no other is left."""
-    diverged = np.isnan(row.running_loss)
-    new = diverged & ~np.isnan(rows[-1].running_loss) if rows else diverged
+def finite_epoch(history: History, axes: Mapping[str, Sequence[Any]]) -> None:
+    """Warn of the runs that have diverged in the last epoch; raise FloatingPointError if no other is left."""
+    diverged, epoch = np.isnan(history.running_loss[:, -1]), history.running_loss.shape[1]
+    new = diverged & ~np.isnan(history.running_loss[:, :-1]).any(axis=1)
     if not new.any():
         return
-    epoch = len(rows) + 1
     if diverged.all():
         raise FloatingPointError(f"training diverged in epoch {epoch}; a lower learning_rate may help")
     lanes = list(itertools.product(*axes.values()))
@@ -305,27 +321,17 @@ def finite_epoch(row: History, rows: Sequence[History], axes: Mapping[str, Seque
 
 
 def functions(name: str, value: Any) -> list[Any]:
-    """Return a list of functions.
-
-    >>> functions("callbacks", print)
-    Traceback (most recent call last):
-    TypeError: callbacks must be a list of functions, got <built-in function print>
-    """
+    """Return a list of functions."""
     found = list(value) if isinstance(value, Iterable) else [None]
     if any(isinstance(function, type) or not callable(function) for function in found):
-        raise TypeError(f"{name} must be a list of functions, got {value!r}")
+        raise TypeError(f"{name} must be a list of functions, got {got(value)}")
     return found
 
 
 def path(name: str, value: Any) -> Path:
-    """Return a local path with ~ expanded.
-
-    >>> path("checkpoint", "gs://bucket/run")
-    Traceback (most recent call last):
-    ValueError: checkpoint must be a local path, got 'gs://bucket/run'
-    """
+    """Return a local path with ~ expanded."""
     if not isinstance(value, (str, os.PathLike)):
-        raise TypeError(f"{name} must be a path, got {value!r}")
+        raise TypeError(f"{name} must be a path, got {got(value)}")
     if "://" in str(value):
         raise ValueError(f"{name} must be a local path, got {str(value)!r}")
     try:

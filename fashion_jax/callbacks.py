@@ -37,7 +37,7 @@ class EpochEnd(NamedTuple):
         epochs: The number of epochs asked for.
         axes: Name and values of each axis of a sweep; empty for `fit`.
         hyperparameters: The numbers that do not vary.
-        history: Metrics of this epoch, leaves [*axes].
+        history: Metrics after each epoch so far, leaves [*axes, epochs].
         fetch_state: Returns the state after the epoch, leaves [*axes, ...], copied to the host. With several processes
             every one has to call it.
     """
@@ -53,14 +53,16 @@ class EpochEnd(NamedTuple):
         """Return one flat dictionary a run: hyperparameters, seed, epoch, and the five metrics.
 
         >>> from fashion_jax.types import Metrics
-        >>> end = EpochEnd(1, 2, {}, {"dropout_rate": 0.2}, History(0.1, Metrics(0.2, 0.9), Metrics(0.3, 0.8)), dict)
+        >>> curve = np.array([0.5])
+        >>> history = History(curve, Metrics(curve, curve), Metrics(curve, curve))
+        >>> end = EpochEnd(1, 2, {}, {"dropout_rate": 0.2}, history, dict)
         >>> end.rows()[0]["dropout_rate"], end.rows()[0]["validation_loss"]
-        (0.2, 0.3)
+        (0.2, 0.5)
         """
         rows = []
         for index in np.ndindex(*map(len, self.axes.values())):
             lane = {name: values[i] for (name, values), i in zip(self.axes.items(), index, strict=True)}
-            curves = {name: float(np.asarray(curve)[index]) for name, curve in self.history.curves().items()}
+            curves = {name: float(curve[index][-1]) for name, curve in self.history.curves().items()}
             rows.append({**self.hyperparameters, **lane, "epoch": self.epoch, **curves})
         return rows
 
@@ -94,7 +96,8 @@ class Progress:
         if end.epoch == 1 or end.epoch != self._last + 1:
             self._bar = None
         self._last, where = end.epoch % end.epochs, {"total": end.epochs, "initial": end.epoch, "file": file}
-        training, loss, accuracy = (_means(end, curve) for curve in (end.history.train.loss, *end.history.validation))
+        history = end.history
+        training, loss, accuracy = (_means(end, curve) for curve in (history.train.loss, *history.validation))
         figures = f"validation loss {loss}, accuracy {accuracy}"
         if not (file.isatty() or _in_notebook()):
             epoch = ", ".join(filter(None, (f"epoch {end.epoch}/{end.epochs}", _settings(end))))
@@ -153,7 +156,7 @@ def read_json_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 class EarlyStopping:
     """End a run whose validation loss has not improved for some epochs; `run.best` holds its best parameters.
 
-    A sweep ends when none of its runs has improved for as long. A resumed run does not remember earlier epochs.
+    A sweep ends when none of its runs has improved for as long.
 
     Args:
         patience: Epochs without improvement after which the run ends.
@@ -163,17 +166,15 @@ class EarlyStopping:
     def __init__(self, patience: int = 5, min_delta: float = 0.0):
         self._patience = _checks.integer("patience", patience, 1)
         self._min_delta = _checks.number("min_delta", min_delta)
-        self._best, self._improved, self._last = np.array(np.inf), 0, 0
 
     def __call__(self, end: EpochEnd) -> bool:
         """Return whether the run should end."""
-        if end.epoch != self._last + 1:
-            self._best = np.array(np.inf)
-        self._last, loss = end.epoch, end.history.validation.loss
-        better = loss < self._best - self._min_delta
-        if np.any(better):
-            self._best, self._improved = np.where(better, loss, self._best), end.epoch
-        return end.epoch - self._improved >= self._patience
+        best, improved = np.array(np.inf), 0
+        for epoch, loss in enumerate(np.moveaxis(np.asarray(end.history.validation.loss), -1, 0), start=1):
+            better = loss < best - self._min_delta
+            if np.any(better):
+                best, improved = np.where(better, loss, best), epoch
+        return end.epoch - improved >= self._patience
 
 
 def _in_notebook() -> bool:
@@ -188,7 +189,7 @@ def _settings(end: EpochEnd) -> str:
 
 
 def _means(end: EpochEnd, curve: Any) -> str:
-    runs = np.reshape(curve, (-1, len(end.axes.get("seed", [None]))))
+    runs = np.reshape(curve[..., -1], (-1, len(end.axes.get("seed", [None]))))
     means = np.ma.masked_invalid(runs).mean(axis=1).filled(np.nan)
     if len(means) > FEW:
         return f"{np.nanmin(means):.4f} to {np.nanmax(means):.4f}"

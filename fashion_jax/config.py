@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -73,24 +74,7 @@ class TrainConfig:
     train_eval_size: int | None = 10_000
 
     def __post_init__(self) -> None:
-        if not isinstance(self.model, nn.Module):
-            raise TypeError(f"model must be a flax.linen.Module such as FashionMLP(), got {self.model!r}")
-        if isinstance(self.optimizer, optax.GradientTransformation):
-            raise TypeError(
-                "optimizer must be a factory such as optax.adam, and its numbers arguments of fit or sweep; got the "
-                "transformation that a factory returned"
-            )
-        for name in ("optimizer", "loss", "augment", "eval_params"):
-            value = getattr(self, name)
-            if not callable(value) and not (value is None and name in ("augment", "eval_params")):
-                raise TypeError(f"{name} must be a function, got {value!r}")
-        for name in ("batch_size", "eval_batch_size", "train_eval_size"):
-            if getattr(self, name) is not None or name != "train_eval_size":
-                _checks.integer(name, getattr(self, name), 1)
-        try:
-            hash(self)
-        except TypeError as error:
-            raise TypeError(f"every field must be hashable, such as a tuple in place of a list: {error}") from None
+        _checks.structure(self)
 
 
 def complete(config: TrainConfig, hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
@@ -106,10 +90,8 @@ def complete(config: TrainConfig, hyperparameters: Mapping[str, Any]) -> dict[st
                 f"there is no hyperparameter {name!r}; the model has {', '.join(fields) or 'none'}; the optimizer has "
                 f"{', '.join(arguments) or 'none'}"
             )
-    defaults = dict(fields)
-    if "learning_rate" in arguments:
-        defaults["learning_rate"] = 0.003  # The tutorial's.
-    return defaults | dict(hyperparameters)
+    tutorial = {"learning_rate": 0.003} if "learning_rate" in arguments else {}
+    return fields | tutorial | dict(hyperparameters)
 
 
 def compose(
@@ -118,7 +100,13 @@ def compose(
     """Build the model and the optimizer with their hyperparameters, which may be traced."""
     hyperparameters = complete(config, hyperparameters)
     arguments = {name: value for name, value in hyperparameters.items() if name not in _fields(config.model)}
-    return compose_model(config, hyperparameters), optax.with_extra_args_support(config.optimizer(**arguments))
+    optimizer = config.optimizer(**arguments)
+    if not isinstance(optimizer, optax.GradientTransformation):
+        raise TypeError(f"optimizer must return an optax.GradientTransformation, got {_checks.got(optimizer)}")
+    init, update = optax.with_extra_args_support(optimizer)
+    # optax.adam raises a number of Python to a power of int32, which strict promotion refuses.
+    update = jax.numpy_dtype_promotion("standard")(update)
+    return compose_model(config, hyperparameters), optax.GradientTransformationExtraArgs(init, update)
 
 
 def compose_model(config: TrainConfig, hyperparameters: Mapping[str, Any]) -> nn.Module:

@@ -138,7 +138,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _stratified_order(labels, key):
     """Order examples at random so that every prefix holds each class in proportion."""
-    permutation = np.asarray(jax.random.permutation(key, len(labels)))
+    # NumPy's generator: to compile JAX's would take longer than to draw.
+    permutation = np.random.default_rng(np.asarray(jax.random.key_data(key))).permutation(len(labels))
     _, shuffled, counts = np.unique(labels[permutation], return_inverse=True, return_counts=True)
     by_class = np.argsort(shuffled, kind="stable")
     rank = np.empty(len(labels), np.int64)

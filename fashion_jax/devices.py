@@ -24,6 +24,10 @@ from fashion_jax.config import TrainConfig
 LANES = PartitionSpec("lanes")
 # Fraction of an accelerator's memory that lanes may take; the rest is for the data and for XLA's own needs.
 MEMORY_SHARE = 0.5
+COMPILER_OPTIONS = {
+    # On Intel's processors LLVM would leave half of each vector register unused.
+    "xla_cpu_prefer_vector_width": 512,
+}
 # Seconds after which a silent process counts as dead.
 HEARTBEAT_SECONDS = 30
 
@@ -79,7 +83,10 @@ class Lanes:
             threefry = str(implementation) == "threefry2x32"
             at_once = lanes_that_fit(devices[0], config, data[0].images.shape[1:]) if threefry else 1
         self._mesh = Mesh(np.array(devices), ("lanes",), axis_types=(AxisType.Auto,))
-        self._count, self._config = len(lanes), config
+        self.count: int = len(lanes)
+        self._config = config
+        # One of several processes writes what all of them have trained.
+        self.writes: bool = not self._mesh.is_multi_process or jax.process_index() == 0
         self._at_once = min(at_once, -(-len(lanes) // self._mesh.size))
         key_data = self.place(np.stack([np.asarray(jax.random.key_data(key)) for key, _ in lanes]))
         names, dtype = lanes[0][1], jnp.result_type(float)
@@ -105,7 +112,7 @@ class Lanes:
 
     def place(self, tree: Any) -> Any:
         """Shard NumPy arrays [lanes, ...] over the devices; to fill up the last one, runs are repeated."""
-        filled = -(-self._count // self._mesh.size) * self._mesh.size
+        filled = -(-self.count // self._mesh.size) * self._mesh.size
         return jax.tree.map(lambda leaf: self._put(np.resize(leaf, (filled, *leaf.shape[1:])), LANES), tree)
 
     def fetch(self, tree: Any) -> Any:
@@ -118,7 +125,7 @@ class Lanes:
         leaves: list[Any] = [leaf for leaf in jax.tree.leaves(tree) if hasattr(leaf, "is_ready")]
         while not all(leaf.is_ready() for leaf in leaves):
             time.sleep(0.0005)
-        return jax.tree.map(lambda leaf: leaf[: self._count], jax.device_get(tree))
+        return jax.tree.map(lambda leaf: leaf[: self.count], jax.device_get(tree))
 
     def digest(self, function: Callable[..., Any], carry: Any) -> str:
         """Return the SHA-256 of a function of one run as the compiler receives it, on any number of devices."""
@@ -137,11 +144,8 @@ class Lanes:
         return jax.make_array_from_callback(array.shape, NamedSharding(self._mesh, spec), lambda index: array[index])
 
 
-# On Intel's processors LLVM would leave half of each vector register unused.
 @functools.partial(
-    jax.jit,
-    static_argnames=("function", "config", "mesh", "at_once"),
-    compiler_options={"xla_cpu_prefer_vector_width": 512},
+    jax.jit, static_argnames=("function", "config", "mesh", "at_once"), compiler_options=COMPILER_OPTIONS
 )
 def _map(function, lanes, shared, *, config: TrainConfig, mesh: Mesh, at_once: int):
     def on_device(lanes, shared):
@@ -162,7 +166,7 @@ def lanes_that_fit(device: Any, config: TrainConfig, image_shape: tuple[int, ...
     """
     if device.platform == "cpu":
         return 1
-    params = _checks.param_shapes(config, image_shape)
+    params = _checks.param_shapes(config.model, image_shape)
 
     def outputs(params):
         images = jnp.zeros((1, *image_shape), jnp.uint8)

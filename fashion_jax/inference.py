@@ -116,7 +116,7 @@ def _check(params: Any, images: Any, config: TrainConfig) -> tuple[Params, np.nd
     images = _checks.pixels("images", images)
     if images.ndim < 3:
         raise ValueError(f"images must have shape [n, height, width], got {list(images.shape)}")
-    lanes = _checks.params(params, _checks.param_shapes(config, images.shape[1:]))
+    lanes = _checks.params(params, _checks.param_shapes(config.model, images.shape[1:]))
     return jax.device_put(params), images, lanes
 
 

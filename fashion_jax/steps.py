@@ -115,8 +115,8 @@ def train_step(
 
     def loss_fn(params):
         log_probs: Any = model.apply({"params": params}, images, deterministic=False, rngs={"dropout": key})
-        loss = jnp.average(config.loss(log_probs, batch.labels), weights=weights)
-        return loss, Metrics(loss, jnp.average(log_probs.argmax(axis=1) == batch.labels, weights=weights))
+        metrics = _average(config.loss(log_probs, batch.labels), log_probs, batch.labels, weights)
+        return metrics.loss, metrics
 
     (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params, value=loss)
@@ -156,7 +156,7 @@ def evaluate(
         return jax.tree.map(lambda totals: totals.sum() / n, jax.lax.map(total, chunks))
 
     over_lanes = evaluate_one
-    for _ in range(_checks.params(params, _checks.param_shapes(config, batch.images.shape[1:]))):
+    for _ in range(_checks.params(params, _checks.param_shapes(config.model, batch.images.shape[1:]))):
         over_lanes = functools.partial(jax.lax.map, over_lanes)
     return over_lanes(params)
 
@@ -183,10 +183,12 @@ def eval_step(
     """
     model = compose_model(config, hyperparameters)
     log_probs: Any = model.apply({"params": params}, batch.images, deterministic=True)
-    loss = negative_log_likelihood(log_probs, batch.labels)
-    return Metrics(
-        jnp.average(loss, weights=weights), jnp.average(log_probs.argmax(axis=1) == batch.labels, weights=weights)
-    )
+    return _average(negative_log_likelihood(log_probs, batch.labels), log_probs, batch.labels, weights)
+
+
+def _average(losses: Any, log_probs: Any, labels: Any, weights: Float[Array, " n"] | None) -> Metrics:
+    correct = jnp.equal(log_probs.argmax(axis=1), labels).astype(losses.dtype)
+    return Metrics(jnp.average(losses, weights=weights), jnp.average(correct, weights=weights))
 
 
 def _split(tree: Any, n: int, size: int) -> tuple[Any, Float[Array, "batches size"]]:

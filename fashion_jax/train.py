@@ -69,7 +69,8 @@ def fit(
         config: Model, optimizer, loss and batches: what is fixed at compile time.
         epochs: Passes over the training set.
         start: A state to continue from, or the `best` of a run, whose parameters then start a new one.
-        callbacks: Called after each epoch with an `EpochEnd`; the run ends when one returns a true bool.
+        callbacks: Called after each epoch with an `EpochEnd`; the run ends when one returns a true bool. A run that
+            resumes calls them for the last saved epoch again.
         checkpoint: Directory to save every epoch to. A run that was killed resumes there, and ends with the same bytes.
         **hyperparameters: Fields of the model, such as `dropout_rate`, and arguments of the optimizer factory.
 
@@ -141,21 +142,15 @@ def sweep(
     >>> result.history.validation.loss.shape, result.at(dropout_rate=0.2, seed=1).best.params["fc4"]["bias"].shape
     ((2, 3, 4), (10,))
     """
-    axes: dict[str, tuple[Any, ...]] = {}
-    fixed: dict[str, float] = {}
-    for name, value in hyperparameters.items():
-        if np.ndim(value):
-            axes[name] = _checks.axis(name, [_checks.number(name, entry) for entry in value])  # pyright: ignore
-        else:
-            fixed[name] = _checks.number(name, value)
-    if not isinstance(seeds, Iterable):
-        raise TypeError(f"seeds must be a sequence such as range(8), got {seeds!r}")
-    seeds = _checks.axis("seeds", [_checks.integer("seeds", seed, 0) for seed in seeds])
+    numbers = hyperparameters.items()
+    varied = {name: _checks.axis(name, value, _checks.number) for name, value in numbers if np.ndim(value)}
+    fixed = {name: _checks.number(name, value) for name, value in numbers if name not in varied}
+    seeds = _checks.axis("seeds", seeds, _checks.seed)
     lanes = [
-        (jax.random.key(seed), fixed | dict(zip(axes, values, strict=True)))
-        for *values, seed in itertools.product(*axes.values(), seeds)
+        (jax.random.key(seed), fixed | dict(zip(varied, values, strict=True)))
+        for *values, seed in itertools.product(*varied.values(), seeds)
     ]
-    axes["seed"] = seeds
+    axes = varied | {"seed": seeds}
     run = _train(
         train,
         validation,
@@ -177,7 +172,7 @@ def _train(
 ) -> Run:
     """Check the arguments that `fit` and `sweep` share, and run; leaves [*axes, ...]."""
     if not isinstance(config, TrainConfig):
-        raise TypeError(f"config must be a TrainConfig, got {config!r}")
+        raise TypeError(f"config must be a TrainConfig, got {_checks.got(config)}")
     epochs = _checks.integer("epochs", epochs, 1)
     callbacks = _checks.functions("callbacks", callbacks)
     train, validation = _checks.batch("train", train), _checks.batch("validation", validation)
@@ -193,15 +188,14 @@ def _train(
     worst = np.full(len(lanes), np.inf, jnp.result_type(float))
     carry = Carry(state, Best(state.params, *runs.place((worst, np.zeros(len(lanes), np.int32)))))
     if not isinstance(config.model, FashionMLP):
-        params = jax.tree.map(lambda leaf: leaf[0], runs.fetch(carry.state.params))
-        _checks.log_probabilities(config.model, params, train.images[:1])
+        _checks.log_probabilities(config.model, runs.fetch(state.params), train.images[:1])
     if start is not None:
         carry = runs.place(_started(start, runs.fetch(carry)))
     numbers = lanes[0][1] | axes
     store: Any = NoStore()
     if checkpoint is not None:
         identity = identify(lanes, numbers, data, start, program=runs.digest(_epoch, carry))
-        store = Store(checkpoint, identity=identity, hints=describe(config), writes=jax.process_index() == 0)
+        store = Store(checkpoint, identity=identity, hints=describe(config), writes=runs.writes)
     with store:
         run = _run_epochs(runs, carry, store, epochs, callbacks, axes, numbers)
     return _reshape(run, axes)
@@ -211,40 +205,48 @@ def _run_epochs(runs: Lanes, carry: Carry, store: Any, epochs: int, callbacks, a
     """Train epoch after epoch; report and save each. Leaves [lanes, ...]."""
 
     def so_far() -> Run:
-        carry, rows = progress
+        carry, history = progress
         state, best = runs.fetch(carry)
-        return Run(state, jax.tree.map(lambda *leaves: np.stack(leaves, axis=-1), *rows), best)
+        return Run(state, history, best)
 
     def save(*, last: bool = False) -> None:
-        losses = [np.nanmean(row.validation.loss) for row in progress[1]]
+        losses = np.nanmean(progress[1].validation.loss, axis=0)
         store.save(len(losses), so_far, best=1 + int(np.argmin(losses)), last=last)
 
-    leaf: Any = 0
-    saved, run = store.restore(Run(carry.state, History(leaf, Metrics(leaf, leaf), Metrics(leaf, leaf)), carry.best))
-    rows = [jax.tree.map(lambda leaf, i=i: leaf[..., i], run.history) for i in range(saved)]
+    def report(epoch: int) -> bool:
+        """Call the callbacks; return whether one of them ends the run."""
+        carry, history = progress
+        end = EpochEnd(
+            epoch, epochs, axes, fixed, _reshape(history, axes), lambda: _reshape(runs.fetch(carry.state), axes)
+        )
+        answers = [callback(end) for callback in callbacks]
+        return any(isinstance(answer, (bool, np.bool_)) and answer for answer in answers)
+
+    fixed = {name: value for name, value in numbers.items() if name not in axes}
+    none = np.empty((runs.count, 0), jnp.result_type(float))
+    saved, run = store.restore(Run(carry.state, History(none, Metrics(none, none), Metrics(none, none)), carry.best))
     # One name for both, so that a Ctrl-C at any moment finds them from the same epoch.
-    progress = (runs.place(Carry(run.state, run.best)) if saved else carry, rows)
+    progress = (runs.place(Carry(run.state, run.best)) if saved else carry, run.history)
     if saved > epochs:
         raise ValueError(f"epochs is {epochs}, and the checkpoint is of epoch {saved}; ask for as many or more")
     if saved:
         logger.info("resuming after epoch %d of %d", saved, epochs)
-    fixed = {name: value for name, value in numbers.items() if name not in axes}
     try:
-        for epoch in range(saved + 1, epochs + 1):
+        # The callback that ended a run ends it again.
+        epoch, ended = saved, 0 < saved < epochs and report(saved)
+        while epoch < epochs and not ended:
+            epoch += 1
             carry, row = runs.map(_epoch, progress[0], np.int32(epoch))
-            row = runs.fetch(row)
-            _checks.finite_epoch(row, progress[1], axes)
-            fetch_state = functools.partial(lambda carry: _reshape(runs.fetch(carry.state), axes), carry)
-            end = EpochEnd(epoch, epochs, axes, fixed, _reshape(row, axes), fetch_state)
-            answers = [callback(end) for callback in callbacks]
-            progress = (carry, [*progress[1], row])
+            history = jax.tree.map(lambda so_far, new: np.c_[so_far, new], progress[1], runs.fetch(row))
+            _checks.finite_epoch(history, axes)
+            progress = (carry, history)
+            ended = report(epoch)
             save()
-            if any(isinstance(answer, (bool, np.bool_)) and answer for answer in answers):
-                break
     except KeyboardInterrupt:
-        if not progress[1]:
+        done = progress[1].running_loss.shape[1]
+        if not done:
             raise
-        logger.warning("interrupted after epoch %d of %d; %s", len(progress[1]), epochs, store.advice)
+        logger.warning("interrupted after epoch %d of %d; %s", done, epochs, store.advice)
     save(last=True)
     return so_far()
 

@@ -203,9 +203,8 @@ def _shape(array: Any) -> str:
 
 
 def _last(history: History) -> str:
-    curves = history.curves().items()
-    last = {name.replace("_", " "): _mean(lambda c=curve: np.atleast_1d(c)[..., -1]) for name, curve in curves}
-    return ", ".join(f"{name} {value}" for name, value in last.items())
+    last = {name: _mean(lambda c=curve: np.atleast_1d(c)[..., -1]) for name, curve in history.curves().items()}
+    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in last.items())
 
 
 def _mean(leaf: Callable[[], Any], form: str = ".4f") -> str:

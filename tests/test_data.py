@@ -298,12 +298,6 @@ def test_ctrl_c_ends_the_command_with_130(monkeypatch):
     assert data.main([]) == 130
 
 
-def test_parts_are_those_of_the_records(splits):
-    parts = data.subset(splits.train, 1_000, key=KEY), data.hold_out(splits.train, 0.2, key=KEY)[1]
-    found = [hashlib.sha256(part.images.tobytes()).hexdigest()[:16] for part in parts]
-    assert found == ["8bcd3f8b305a844b", "6d0e1e906e6d69fb"]
-
-
 @pytest.mark.parametrize("labels", [np.arange(1000) % 10, np.repeat([0, 3, 9], [10, 190, 800]), np.zeros(1000, int)])
 def test_parts_are_nested_stratified_and_keep_the_order(labels):
     def members(part: Batch) -> list[int]:

@@ -133,12 +133,12 @@ def test_ctrl_c_returns_the_run_so_far(data, tmp_path, caplog):
 
     for place in (None, tmp_path):
         run = fit(*data, **OPTIONS, epochs=5, callbacks=[interrupt], checkpoint=place)
-        equal(run, fit(*data, **OPTIONS, epochs=3))
+        equal(run, fit(*data, **OPTIONS, epochs=4))
     equal(*(fit(*data, **OPTIONS, epochs=5, checkpoint=place) for place in (tmp_path, None)))
     assert caplog.messages == [
-        "interrupted after epoch 3 of 5; with checkpoint=DIRECTORY the same call would resume from there",
-        f"interrupted after epoch 3 of 5; the same call resumes from {tmp_path}",
-        "resuming after epoch 3 of 5",
+        "interrupted after epoch 4 of 5; with checkpoint=DIRECTORY the same call would resume from there",
+        f"interrupted after epoch 4 of 5; the same call resumes from {tmp_path}",
+        "resuming after epoch 4 of 5",
     ]
 
 
