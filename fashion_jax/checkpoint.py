@@ -177,18 +177,20 @@ class Store:
         """
         if epoch > self._saved and (last or epoch % self._every == 0):
             self._wait()
-            self._saved, content = epoch, tree()
+            content = tree()
             if self._writes:
                 self._start_writing(epoch, content, best)
+            # Last, so that after a Ctrl-C on the way the epoch is saved again.
+            self._saved = epoch
         if last:
             self._wait()
 
     def _start_writing(self, epoch: int, tree: Any, best: int) -> None:
-        self._thread = threading.Thread(target=self._write, args=(epoch, tree, best), name="checkpoint")
+        thread = threading.Thread(target=self._write, args=(epoch, tree, best), name="checkpoint")
         try:
-            self._thread.start()
+            thread.start()
+            self._thread = thread
         except RuntimeError:  # The interpreter is shutting down.
-            self._thread = None
             self._write(epoch, tree, best)
 
     def _write(self, epoch: int, tree: Any, best: int) -> None:

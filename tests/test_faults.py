@@ -142,29 +142,44 @@ def test_ctrl_c_returns_the_run_so_far(data, tmp_path, caplog):
     ]
 
 
-def test_ctrl_c_in_any_line_returns_complete_epochs(data):
-    """In each line of the loop in turn; before the first epoch it raises."""
-    expected = [None, *(fit(*data, **OPTIONS, epochs=epochs) for epochs in (1, 2))]
-    loop, complete = inspect.unwrap(train._run_epochs).__code__, []
+def interrupted_in_each_line(data, functions, checkpoint=lambda place: None):
+    """Yield what `fit` returns after a Ctrl-C in each line of some functions in turn; None if it raises."""
+    codes = {inspect.unwrap(function).__code__ for function in functions}
     for place in itertools.count(1):
         run, lines = None, itertools.count(1)
 
         def trace(frame, event, _, lines=lines, place=place):
             if event == "line" and next(lines) == place:
                 raise KeyboardInterrupt
-            return trace if frame.f_code is loop else None
+            return trace if frame.f_code in codes else None
 
         sys.settrace(trace)
         with contextlib.suppress(KeyboardInterrupt):
-            run = fit(*data, **OPTIONS, epochs=2)
+            run = fit(*data, **OPTIONS, epochs=2, checkpoint=checkpoint(place))
         sys.settrace(None)
+        yield run
+        if next(lines) <= place:
+            break
+
+
+def test_ctrl_c_in_any_line_returns_complete_epochs(data):
+    """Before the first epoch it raises."""
+    expected, complete = [None, *(fit(*data, **OPTIONS, epochs=epochs) for epochs in (1, 2))], []
+    for run in interrupted_in_each_line(data, [train._run_epochs]):
         complete.append(len(run.history.running_loss) if run else 0)
         if run:
             equal(run, expected[complete[-1]])
-        if next(lines) <= place:
-            break
     # After the loop, where the last checkpoint is written, it raises again.
     assert re.fullmatch("0{5,}1{5,}2{2,}0{1,2}2", "".join(map(str, complete)))
+
+
+def test_ctrl_c_while_saving_loses_no_epoch(data, tmp_path):
+    saving = [Store.save, Store._start_writing, Store._wait]
+    runs = interrupted_in_each_line(data, saving, lambda place: tmp_path / str(place))
+    for place, run in enumerate(runs, start=1):
+        saved = len(list((tmp_path / str(place)).glob("epoch-*")))
+        assert run is None or saved == len(run.history.running_loss)
+    assert place > 10
 
 
 def test_a_full_disk_leaves_the_checkpoints_before(data, tmp_path):
