@@ -15,6 +15,8 @@ import numpy as np
 
 from benchmarks import harness
 from fashion_jax import TrainConfig, model, steps
+from fashion_jax.devices import COMPILER_OPTIONS
+from fashion_jax.interop import torch_adam
 from fashion_jax.train import Carry, _epoch, init_state
 from fashion_jax.types import Best
 
@@ -51,6 +53,11 @@ WITHOUT: dict[str, tuple[list[tuple[Any, str, Any]], TrainConfig]] = {
         [(steps, "negative_log_likelihood", by_index)],
         TrainConfig(loss=by_index),
     ),
+    "a derivative of dropout that reads its output: JAX's": (
+        [(model, "_select_after_relu", model._select)],
+        TrainConfig(),
+    ),
+    "optax.adam: the exact Adam of interop": ([], TrainConfig(optimizer=torch_adam)),
 }
 
 
@@ -72,14 +79,17 @@ def main(flags: Flags) -> None:
     alone = (key, carry, numbers, data)
     lanes = (jax.random.split(key, LANES), jax.tree.map(lambda leaf: jnp.stack([leaf] * LANES), carry), numbers, data)
 
-    def compiled(program, arguments, replacements=(), context: Any = contextlib.nullcontext) -> Callable[[], Any]:
+    def compiled(
+        program, arguments, replacements=(), context: Any = contextlib.nullcontext, options: Any = COMPILER_OPTIONS
+    ) -> Callable[[], Any]:
         with harness.replaced(*replacements), context():
-            executable = jax.jit(program).lower(*arguments).compile()
+            executable = jax.jit(program).lower(*arguments).compile(options)
         return lambda: jax.block_until_ready(executable(*arguments))
 
     makers = {WHOLE: partial(compiled, one, alone)}
     for name, (replacements, config) in WITHOUT.items():
         makers[f"without {name}"] = partial(compiled, partial(one, config=config), alone, replacements)
+    makers["without registers of 512 bits: LLVM's choice"] = partial(compiled, one, alone, options=None)
     default = partial(jax.default_matmul_precision, "default")
     makers["without full precision: JAX's default"] = partial(compiled, one, alone, context=default)
     makers[ONE_BY_ONE] = partial(compiled, partial(many, at_once=None), lanes)

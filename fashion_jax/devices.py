@@ -24,10 +24,8 @@ from fashion_jax.config import TrainConfig
 LANES = PartitionSpec("lanes")
 # Fraction of an accelerator's memory that lanes may take; the rest is for the data and for XLA's own needs.
 MEMORY_SHARE = 0.5
-COMPILER_OPTIONS = {
-    # On Intel's processors LLVM would leave half of each vector register unused.
-    "xla_cpu_prefer_vector_width": 512,
-}
+# On Intel's processors LLVM would leave half of each vector register unused.
+COMPILER_OPTIONS: dict[str, bool | str] = {"xla_cpu_prefer_vector_width": "512"}
 # Seconds after which a silent process counts as dead.
 HEARTBEAT_SECONDS = 30
 
