@@ -53,10 +53,6 @@ WITHOUT: dict[str, tuple[list[tuple[Any, str, Any]], TrainConfig]] = {
         [(steps, "negative_log_likelihood", by_index)],
         TrainConfig(loss=by_index),
     ),
-    "a derivative of dropout that reads its output: JAX's": (
-        [(model, "_select_after_relu", model._select)],
-        TrainConfig(),
-    ),
     "optax.adam: the exact Adam of interop": ([], TrainConfig(optimizer=torch_adam)),
 }
 

@@ -4,6 +4,7 @@ Lanes are sharded over the devices. A CPU device trains its lanes one after the 
 core's cache; an accelerator trains many at once.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -11,6 +12,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,6 +24,7 @@ from fashion_jax import _checks
 from fashion_jax.config import TrainConfig
 
 LANES = PartitionSpec("lanes")
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 # Fraction of an accelerator's memory that lanes may take; the rest is for the data and for XLA's own needs.
 MEMORY_SHARE = 0.5
 # On Intel's processors LLVM would leave half of each vector register unused.
@@ -39,6 +42,10 @@ def use_all_cores() -> None:
         RuntimeError: JAX has started its devices already, and there are not as many.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    # A container's quota, such as "150000 100000" for one and a half cores; "max" is none.
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = map(int, CPU_QUOTA.read_text().split())
+        cores = min(cores, max(1, quota // period))
     jax.config.update("jax_num_cpu_devices", cores)
 
 
@@ -51,14 +58,17 @@ def join_machines(coordinator: str | None = None, processes: int | None = None, 
         process: Index of this one, from 0.
 
     Raises:
-        ValueError: Only some of the three are given.
+        ValueError: Only some of the three are given, or there is no launcher to ask.
     """
     given = [value is not None for value in (coordinator, processes, process)]
     if any(given) and not all(given):
         raise ValueError(
             f"coordinator, processes and process belong together, got {coordinator!r}, {processes!r} and {process!r}"
         )
-    jax.distributed.initialize(coordinator, processes, process, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+    try:
+        jax.distributed.initialize(coordinator, processes, process, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+    except ValueError as error:  # The launcher's variables are missing, or only some of them are set.
+        raise ValueError(f"pass coordinator, processes and process; JAX could not find them: {error}") from error
 
 
 class Lanes:

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import secrets
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -79,6 +80,7 @@ def save_tensors(path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray]
 
     Raises:
         OSError: The file cannot be written; an existing one is left as it was.
+        TypeError: An array has a type that could not be read back, such as complex numbers.
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp()) / "ones.safetensors"
@@ -89,8 +91,7 @@ def save_tensors(path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray]
     """
     import safetensors.numpy
 
-    # The format keeps no strides, and safetensors would write a view's memory as it lies.
-    tensors = {name: np.ascontiguousarray(array).reshape(np.shape(array)) for name, array in tensors.items()}
+    tensors = {name: _storable(name, array) for name, array in tensors.items()}
     # One entry, because safetensors writes several in random order: the same content is the same file.
     described = json.dumps({**metadata, "sha256": digest(tensors, metadata)}, ensure_ascii=False, sort_keys=True)
     write(path, safetensors.numpy.save(tensors, {ENTRY: described}))
@@ -135,6 +136,14 @@ def digest(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None
         total.update(json.dumps([name, array.dtype.name, array.shape]).encode())
         total.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     return total.hexdigest()
+
+
+def _storable(name: str, array: np.ndarray) -> np.ndarray:
+    # The format keeps neither strides nor byte order, and safetensors would write an array's memory as it lies.
+    array = np.ascontiguousarray(array, array.dtype.newbyteorder("=")).reshape(np.shape(array))
+    if not re.fullmatch(r"bool|bfloat16|float(16|32|64)|u?int(8|16|32|64)", array.dtype.name):
+        raise TypeError(f"{name} has the type {array.dtype}, which cannot be saved")
+    return array
 
 
 def _as_array(dtype: str, shape: list[int], data: bytes | bytearray) -> np.ndarray:

@@ -1,8 +1,12 @@
-"""Pictures of clothes as the network knows them: grey, 28x28, a light object on black."""
+"""Pictures of clothes in the data set's form: grey, 28x28, a light object on black."""
 
+import contextlib
 import io
+import math
 import os
+import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -10,30 +14,41 @@ from jaxtyping import Float, UInt8
 from fashion_jax import _checks
 
 SIDE = 28
-FORMATS = ("PNG", "JPEG", "WEBP")
-# A file of a few kB can expand to more than the memory; no camera takes larger pictures.
-MAX_PIXELS = 2**27
+# A file of a few kB can expand to more than the memory; phones take photographs of 200 megapixels.
+MAX_PIXELS = 2**28
+LONGEST = 1024  # Larger pictures are reduced as they are decoded.
+MARGIN = 0.05  # The share of the edges in which most of what one sees is background.
 # A pixel belongs to the object if it differs from the background by 5% of the range, as in Fashion-MNIST's conversion.
 CLOSE = 0.05 * 255
+# Smaller pieces are specks: as a share of the picture's area, and of the main piece's mass.
+LEAST_AREA, LEAST_MASS = 1e-4, 0.03
+RIVAL = 0.3  # A piece of more than this share of the main piece's mass is another object.
+PEAK = 254  # Every image of the data set reaches 254 or 255.
+
+Pixels = Float[np.ndarray, "_ _"]
 
 
 def read_image(path: str | os.PathLike[str], *, light_on_dark: bool | None = None) -> UInt8[np.ndarray, "28 28"]:
     """Read a picture of one object on a plain background as an image of the data set.
 
     The picture is rotated as its EXIF data say, made grey, inverted if the object is darker than the background, and
-    cropped to the object; the background becomes 0, the longest edge 28 pixels, and the object is centered. A picture
-    of 28x28 pixels is only made grey and inverted. Fashion-MNIST itself was subsampled and sharpened; here a pixel is
-    the mean of the area that it covers.
+    cropped to the object; uneven light, noise and specks do not belong to it. The background becomes 0, the brightest
+    pixel at least 254, the longest edge 28 pixels, and the object is centered; a pixel is the mean of the area that it
+    covers, where Fashion-MNIST subsampled and sharpened. A picture of 28x28 pixels is only made grey and inverted.
 
     Args:
         path: A PNG, JPEG or WebP file of any mode; of an animation, the first frame.
-        light_on_dark: Whether the object is lighter than its background. By default a background lighter than mid-grey
-            means a dark object; if the background is transparent, the object's own shade decides.
+        light_on_dark: Whether the object is lighter than its background. By default it is whatever stands out most; on
+            a transparent background the object's own shade decides, in a picture of 28x28 pixels the border's.
 
     Raises:
         FileNotFoundError: There is no such file.
+        TypeError: `light_on_dark` is not True, False or None.
         ValueError: The file is not an image, is damaged or too large, or shows nothing lighter (or darker, as
             `light_on_dark` says) than its background.
+
+    Warns:
+        UserWarning: The object touches the border, is one of several, or hardly stands out.
 
     Source: Xiao, Rasul and Vollgraf, "Fashion-MNIST", arXiv:1708.07747, 2017, section 2.
 
@@ -48,74 +63,168 @@ def read_image(path: str | os.PathLike[str], *, light_on_dark: bool | None = Non
     (True, np.False_)
     """
     path = _checks.path("path", path)
-    grey, alpha = _decode(path)
-    background = float(np.median(_border(grey)))
-    if np.median(_border(alpha)) < 0.5:
-        if light_on_dark is None:
-            light_on_dark = bool((grey * alpha).sum() > 127.5 * alpha.sum())
-        background = 0.0 if light_on_dark else 255.0
-    elif light_on_dark is None:
-        light_on_dark = background < 127.5
-    grey = grey * alpha + background * (1 - alpha)
-    if not light_on_dark:
-        grey, background = 255 - grey, 255 - background
-    sized = grey.shape == (SIDE, SIDE)
-    if grey.max() - (grey.min() if sized else background) <= CLOSE:
-        found = "lighter" if light_on_dark else "darker"
-        raise ValueError(
-            f"{path} shows nothing that is {found} than its background; if there is an object, try "
-            f"light_on_dark={not light_on_dark}"
+    if not isinstance(light_on_dark, bool | np.bool_ | None):
+        raise TypeError(f"light_on_dark must be True, False or None, got {_checks.got(light_on_dark)}")
+    ink, alpha = _decode(path)
+    level, opacity = (float(np.median(part[_frame(part)])) for part in (ink, alpha))
+    if cut_out := opacity < 0.5:
+        light_on_dark = bool(ink.sum() > 127.5 * alpha.sum()) if light_on_dark is None else light_on_dark
+        level = 0.0 if light_on_dark else 255.0
+    grey = ink + level * (1 - alpha)
+    if grey.shape == (SIDE, SIDE):
+        image = grey if light_on_dark or (light_on_dark is None and level < 127.5) else 255 - grey
+        image = image if np.ptp(image) > CLOSE else None
+    else:
+        image = _read_photograph(path, grey, np.full_like(grey, level) if cut_out else None, light_on_dark)
+    if image is None:
+        kind = {None: "different from", True: "lighter than", False: "darker than"}[light_on_dark]
+        hint = "" if light_on_dark is None else f"; if there is an object, try light_on_dark={not light_on_dark}"
+        raise ValueError(f"{path} shows nothing that is {kind} its background{hint}")
+    return np.rint(image).astype(np.uint8)
+
+
+def _read_photograph(path: Path, grey: Pixels, known: Pixels | None, light_on_dark: bool | None) -> Pixels | None:
+    """Return the object in shades from 0 to 255, or None; a background that is not known is estimated."""
+    from scipy import ndimage
+
+    smooth = ndimage.median_filter(grey, 3)
+    # The fit sees no pixels that nothing around them resembles.
+    background = _background(np.where(abs(grey - smooth) > 64, smooth, grey)) if known is None else known
+    signs = (1, -1) if light_on_dark is None else (1 if light_on_dark else -1,)
+    found = [(sign, *_find(sign * (grey - background), sign * (smooth - background))) for sign in signs]
+    sign, weight, box, doubts = max(found, key=lambda piece: piece[1])
+    if not weight:
+        return None
+    most = 255 - background if sign == 1 else background
+    contrast, most = (_resize(part[box], SIDE) for part in (sign * (grey - background), most))
+    noise = _std((grey - background)[_frame(grey, MARGIN)])
+    doubts["hardly stands out"] = bool(contrast.max() < max(2 * CLOSE, 4 * noise))
+    doubts["touches the border"] &= known is None
+    if any(doubts.values()):
+        warnings.warn(
+            f"{path} may be cropped wrongly: the object {' and '.join(doubt for doubt in doubts if doubts[doubt])}; "
+            "photograph it alone and whole, in even light, on a plain background of another shade",
+            stacklevel=3,
         )
-    return np.rint(grey).astype(np.uint8) if sized else _fit_into_square(_crop(grey, background), background)
+    shade = (contrast / most.clip(1)).clip(1e-6, 1)
+    shade *= max(255, PEAK / shade.max())
+    # The wider margin is above and on the left, as in most of the data set's images.
+    return np.pad(shade, [((SIDE - edge + 1) // 2, (SIDE - edge) // 2) for edge in shade.shape])
 
 
-def _decode(path: Path) -> tuple[Float[np.ndarray, "height width"], Float[np.ndarray, "height width"]]:
-    """Return grey levels from 0 to 255 and opacity from 0 to 1."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
+def _decode(path: Path) -> tuple[Pixels, Pixels]:
+    """Return grey levels from 0 to 255, multiplied by the opacity, and the opacity from 0 to 1."""
+    from PIL import Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 
     content = path.read_bytes()
+    # The plugins themselves, because `Image.open` warns of an attack at 90 megapixels.
+    starts = [content.startswith(b"\x89PNG"), content.startswith(b"\xff\xd8"), content[8:12] == b"WEBP"]
+    plugins: Any = [PngImagePlugin.PngImageFile, JpegImagePlugin.JpegImageFile, WebPImagePlugin.WebPImageFile]
+    if not any(starts):
+        raise ValueError(f"{path} is not a PNG, JPEG or WebP image")
     try:
-        picture = Image.open(io.BytesIO(content), formats=FORMATS)
-        if picture.width * picture.height > MAX_PIXELS:
-            raise Image.DecompressionBombError
-        picture = ImageOps.exif_transpose(picture)
-        if picture.mode.startswith("I"):
-            # Pillow clips 16 bits at 255 instead of scaling them, and ignores their transparent level.
-            levels = np.asarray(picture)
-            grey, alpha = levels.clip(0, 65535) // 257, 255 * (levels != picture.info.get("transparency", -1))
-        else:
-            grey, alpha = np.asarray(picture.convert("RGB").convert("L")), np.uint8(255)
-            if picture.has_transparency_data:
-                alpha = np.asarray(picture.convert("RGBA").getchannel("A"))
-    except UnidentifiedImageError:
-        raise ValueError(f"{path} is not a PNG, JPEG or WebP image") from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise ValueError(f"{path} is too large: at most {MAX_PIXELS:,} pixels are read") from None
+        with warnings.catch_warnings(action="ignore"):  # Of odd metadata.
+            picture = plugins[starts.index(True)](io.BytesIO(content))
+            if picture.width * picture.height > MAX_PIXELS:
+                raise Image.DecompressionBombError
+            deep = any(str(tile[3]).endswith("16B") for tile in picture.tile)
+            factor = math.ceil(max(picture.size) / LONGEST)
+            picture.draft(None, (max(picture.width // factor, 1), max(picture.height // factor, 1)))
+            picture.load()
+            ink, alpha = _upright(picture, _reduce(picture))
+    except Image.DecompressionBombError:
+        raise ValueError(f"{path} is too large; save it as a JPEG of at most {MAX_PIXELS:,} pixels") from None
     except Exception as error:  # Damaged files make Pillow's decoders raise SyntaxError, struct.error and others.
         raise ValueError(f"{path} is damaged: {error}") from error
-    return grey.astype(np.float32), np.broadcast_to(np.float32(alpha) / 255, grey.shape)
+    if deep:  # Of 8, 10 or 12 bits stored in 16.
+        ink *= next((255 / top for top in (255 / 257, 1023 / 257, 4095 / 257) if ink.max() < top + 0.01), 1)
+    return ink, alpha
 
 
-def _border(pixels: np.ndarray) -> np.ndarray:
-    return np.concatenate([pixels[0], pixels[-1], pixels[1:-1, 0], pixels[1:-1, -1]])
-
-
-def _crop(grey: np.ndarray, background: float) -> np.ndarray:
-    object_ = np.abs(grey - background) > CLOSE
-    rows, columns = np.flatnonzero(object_.any(axis=1)), np.flatnonzero(object_.any(axis=0))
-    return grey[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-
-
-def _fit_into_square(grey: np.ndarray, background: float) -> UInt8[np.ndarray, "28 28"]:
-    """Scale the longest edge to 28, shift the background to 0 and center on black."""
+def _reduce(picture: Any) -> Float[np.ndarray, "2 height width"]:
+    """Return ink and opacity, each the mean of a block of pixels; in bands, as floats of a whole picture are large."""
     from PIL import Image
 
-    scale = SIDE / max(grey.shape)
-    height, width = (max(1, round(edge * scale)) for edge in grey.shape)
-    grey = np.asarray(Image.fromarray(grey).resize((width, height), Image.Resampling.BOX))
-    grey = ((grey - background) * (255 / (255 - background))).clip(0, 255)
-    # The wider margin is above and on the left, as in most of the data set's images.
-    top, left = (SIDE - height + 1) // 2, (SIDE - width + 1) // 2
-    image = np.zeros((SIDE, SIDE), np.uint8)
-    image[top : top + height, left : left + width] = np.rint(grey)
-    return image
+    factor, bands = math.ceil(max(picture.size) / LONGEST), []
+    for top in range(0, picture.height, 16 * factor):
+        band, alpha = picture.crop((0, top, picture.width, min(top + 16 * factor, picture.height))), 1
+        if picture.mode.startswith("I"):
+            # Pillow clips 16 bits at 255 instead of scaling them, and ignores their transparent level.
+            grey, alpha = np.asarray(band) / 257, np.asarray(band) != picture.info.get("transparency", -1)
+        elif picture.has_transparency_data:
+            band = band.convert("RGBA")
+            grey, alpha = np.asarray(band.convert("RGB").convert("L")), np.asarray(band.getchannel("A")) / 255
+        else:
+            grey = np.asarray(band.convert("RGB").convert("L"))
+        parts = (np.float32(grey * alpha), np.float32(alpha + 0 * grey))
+        bands.append([np.asarray(Image.fromarray(part).reduce(factor)) for part in parts])
+    return np.concatenate(bands, axis=1)
+
+
+def _upright(picture: Any, pixels: Float[np.ndarray, "2 h w"]) -> Float[np.ndarray, "2 _ _"]:
+    """Rotate pixels as the picture's EXIF data say, whatever else is wrong with these."""
+    orientation = 1
+    with contextlib.suppress(Exception):
+        orientation = picture.getexif().get(0x0112)
+    pixels = pixels.swapaxes(1, 2) if orientation in (5, 6, 7, 8) else pixels
+    pixels = pixels[:, ::-1] if orientation in (3, 4, 7, 8) else pixels
+    return pixels[:, :, ::-1] if orientation in (2, 3, 6, 7) else pixels
+
+
+def _background(grey: Pixels) -> Pixels:
+    """Fit a polynomial to what lies around the object, of degree 1, 2, 4 and 6 in turn."""
+    # First to the margin and then to all that is near it, so that the object drops out. Blocks have less noise.
+    blocks = _resize(grey, min(max(grey.shape), 100)).astype(float)
+    centers = [(2 * np.arange(edge) + 1) / edge - 1 for edge in (*blocks.shape, *grey.shape)]
+    y, x, y_all, x_all = (np.polynomial.legendre.legvander(center, 6) for center in centers)
+    i, j = np.array(sorted(((i, j) for i in range(7) for j in range(7 - i)), key=sum)).T
+    terms, margin = y[:, None, i] * x[None, :, j], _frame(blocks, MARGIN)
+    surface, weights = np.full(blocks.shape, np.median(blocks[margin])), np.zeros(1)
+    rounds = 4 * [(3, margin)] + 3 * [(6, margin)] + [(count, True) for count in (6, 6, 6, 15, 15, 15, 28, 28, 28)]
+    for number, (count, where) in enumerate(rounds, 1):
+        distance = np.abs(blocks - surface)
+        near = where & (distance <= max(CLOSE / number, 3 * _std(distance[margin])))
+        weights = np.linalg.lstsq(terms[near][:, :count], blocks[near])[0]
+        surface = terms[:, :, :count] @ weights
+    return (y_all[:, i] * weights @ x_all[:, j].T).astype(np.float32)
+
+
+def _find(contrast: Pixels, smooth: Pixels) -> tuple[float, tuple[slice, ...], dict[str, bool]]:
+    """Return the weight of the main piece that stands out, the box around the object, and what is doubtful about it."""
+    from scipy import ndimage
+
+    margin = _frame(contrast, MARGIN)
+    # Smoothing finds faint parts in noise, and loses thin lines.
+    mask = contrast > max(CLOSE, 6 * _std(contrast[margin]))
+    mask |= smooth > max(CLOSE, 4 * _std(smooth[margin]))
+    labels = np.zeros(mask.shape, np.int32)
+    ndimage.label(mask, np.ones((3, 3)), output=labels)
+    mass = np.bincount(labels.ravel(), contrast.ravel())
+    mass[np.bincount(labels.ravel()) < LEAST_AREA * mask.size] = mass[0] = 0
+    # What is at the border may be the table on which the paper lies.
+    touches = np.isin(range(len(mass)), labels[_frame(labels)])
+    weight = mass * np.where(touches, RIVAL, 1)
+    main = weight.argmax()
+    kept = np.isin(labels, np.flatnonzero((mass >= LEAST_MASS * mass[main]) & (touches <= touches[main]) & (mass > 0)))
+    several = np.sum(mass > RIVAL * mass[main]) > 1
+    doubts = {"touches the border": bool(touches[main]), "is one of several": bool(several)}
+    return weight[main], (ndimage.find_objects(kept.astype(int)) or [()])[0], doubts
+
+
+def _resize(pixels: Pixels, longest: int) -> Pixels:
+    from PIL import Image
+
+    height, width = (max(1, round(edge * longest / max(pixels.shape))) for edge in pixels.shape)
+    return np.asarray(Image.fromarray(np.float32(pixels)).resize((width, height), Image.Resampling.BOX))
+
+
+def _std(values: np.ndarray) -> float:
+    """Return the std of normal values around 0, whatever the outliers."""
+    return 1.4826 * float(np.median(np.abs(values)))
+
+
+def _frame(pixels: np.ndarray, share: float = 0) -> np.ndarray:
+    frame = np.ones(pixels.shape, bool)
+    height, width = (max(int(edge * share), 1) for edge in pixels.shape)
+    frame[height:-height, width:-width] = False
+    return frame

@@ -9,7 +9,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, UInt8
+from jaxtyping import Array, Float, UInt8
 
 from fashion_jax import _checks
 from fashion_jax._threefry import uniform
@@ -24,8 +24,6 @@ class Dropout(nn.Module):
 
     Attributes:
         rate: Probability of dropping an entry, in [0, 1).
-        after_relu: The input comes from a ReLU, whose zeros pass no gradient: the backward pass reads from the output
-            what was dropped, where XLA would draw the mask a second time.
 
     Raises:
         ValueError: A concrete rate is outside [0, 1).
@@ -40,7 +38,6 @@ class Dropout(nn.Module):
     """
 
     rate: float | Float[Array, ""]
-    after_relu: bool = False
 
     def __post_init__(self) -> None:
         _checks.rate("rate", self.rate)
@@ -52,9 +49,8 @@ class Dropout(nn.Module):
         if deterministic:
             return x
         keep = uniform(self.make_rng("dropout"), x.shape) >= self.rate
-        select = _select_after_relu if self.after_relu else _select
         # The cast keeps half precision, which a traced rate in float32 would widen.
-        return select(keep, (x / (1 - self.rate)).astype(x.dtype))
+        return jnp.where(keep, x / (1 - self.rate), 0).astype(x.dtype)
 
 
 class FashionMLP(nn.Module):
@@ -96,21 +92,8 @@ class FashionMLP(nn.Module):
         x = normalize(images).reshape(len(images), -1)
         for i, width in enumerate(self.hidden, start=1):
             x = nn.relu(_linear(x, width, self.dtype, f"fc{i}"))
-            x = Dropout(self.dropout_rate, after_relu=True, name=f"dropout{i}")(x, deterministic=deterministic)
+            x = Dropout(self.dropout_rate, name=f"dropout{i}")(x, deterministic=deterministic)
         return nn.log_softmax(_linear(x, self.classes, self.dtype, f"fc{len(self.hidden) + 1}"))
-
-
-def _select(keep: Bool[Array, "*shape"], x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    return jnp.where(keep, x, 0)
-
-
-_select_after_relu = jax.custom_jvp(_select)
-
-
-@_select_after_relu.defjvp
-def _select_after_relu_jvp(primals, tangents):
-    y = _select_after_relu(*primals)
-    return y, jnp.where(y != 0, tangents[1], 0)
 
 
 def normalize(images: UInt8[Array, "*shape"]) -> Float[Array, "*shape"]:

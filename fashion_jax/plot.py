@@ -112,7 +112,7 @@ def classification(
             raise ValueError(f"{name} must have shape [{len(class_names)}] like class_names, got {list(values.shape)}")
     if not ((shares >= 0) & (shares <= 1)).all():
         raise ValueError(f"probabilities must lie in [0, 1], got {shares.min()} to {shares.max()}; np.exp undoes a log")
-    figure = Figure(figsize=(7, 3.2), layout="constrained")
+    figure = Figure(figsize=(7, max(3.2, 0.2 * len(class_names))), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.1))
     left.imshow(image, cmap="gray", vmin=0, vmax=255)
     left.set_axis_off()

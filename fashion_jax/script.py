@@ -15,6 +15,7 @@ from fashion_jax import files, plot, report
 from fashion_jax.types import History
 
 INTERRUPTED = 130
+USERS_ERRORS = (ValueError, OSError, MemoryError, FloatingPointError, ImportError)
 logger: logging.Logger = logging.getLogger(__name__)
 
 
@@ -39,10 +40,24 @@ def run_script(
     except BrokenPipeError:  # Nobody reads the output, and Python would fail to flush it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1
-    except (ValueError, OSError, MemoryError, FloatingPointError, ImportError) as error:  # What a user can mend.
-        logger.error("error: %s", str(error) or repr(error))
+    except Exception as error:
+        if isinstance(error, USERS_ERRORS):
+            logger.error("error: %s", str(error) or repr(error))
+        elif "JAX_PLATFORMS" in os.environ and not _has_devices():
+            logger.error("error: JAX finds no device for JAX_PLATFORMS=%s; unset it", os.environ["JAX_PLATFORMS"])
+        else:
+            raise
         status = 1
     sys.exit(status)
+
+
+def _has_devices() -> bool:
+    import jax
+
+    try:
+        return bool(jax.devices())
+    except Exception:  # JAX raises RuntimeError, or AssertionError if the plugin is not installed.
+        return False
 
 
 @contextlib.contextmanager

@@ -1,7 +1,11 @@
 """What callers get wrong: one line that names the argument and what was found, before anything is trained."""
 
 import functools
+import os
+import subprocess
+import sys
 from fractions import Fraction
+from unittest import mock
 
 import flax.linen as nn
 import jax
@@ -10,9 +14,9 @@ import numpy as np
 import optax
 import pytest
 import torch
-from sweep_worker import LINEAR, equal, parts
+from sweep_worker import LINEAR, ROOT, equal, parts
 
-from fashion_jax import FashionMLP, TrainConfig, load, predict, subset
+from fashion_jax import FashionMLP, TrainConfig, devices, load, predict, subset
 from fashion_jax.callbacks import Progress
 from fashion_jax.checkpoint import Checkpoints
 from fashion_jax.devices import join_machines
@@ -147,3 +151,29 @@ def test_other_kinds_of_the_same_are_accepted(data):
     equal(run(data, **kinds, callbacks=(print for _ in range(0))), expected)
     lanes = grid(data, seeds=np.arange(2), learning_rate=jnp.array([0.125, 0.25]), dropout_rate=[0, 1 / 2])
     assert lanes.axes == {"learning_rate": (0.125, 0.25), "dropout_rate": (0.0, 0.5), "seed": (0, 1)}
+
+
+@pytest.mark.parametrize(("quota", "cores"), [("max 100000", 2), ("150000 100000", 1), ("50000 100000", 1), (None, 2)])
+def test_cores_are_those_that_a_container_may_use(monkeypatch, tmp_path, quota, cores):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 5}, raising=False)
+    monkeypatch.setattr(devices, "CPU_QUOTA", tmp_path / "cpu.max")
+    if quota:
+        (tmp_path / "cpu.max").write_text(quota)
+    chosen = mock.Mock()
+    monkeypatch.setattr(jax.config, "update", chosen)
+    devices.use_all_cores()
+    chosen.assert_called_once_with("jax_num_cpu_devices", cores)
+
+
+def test_a_platform_that_is_not_there_is_one_line():
+    command = [sys.executable, "examples/compare_overfit.py", "--epochs", "1", "--train-size", "100"]
+    environment = os.environ | {"JAX_PLATFORMS": "cuda"}
+    if (
+        subprocess.run([sys.executable, "-c", "import jax; jax.devices()"], env=environment, check=False).returncode
+        == 0
+    ):
+        pytest.skip("there is a GPU")
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 1
+    assert run.stderr.splitlines()[-1] == "error: JAX finds no device for JAX_PLATFORMS=cuda; unset it"
+    assert "Traceback" not in run.stderr

@@ -3,12 +3,15 @@
 import struct
 import zlib
 
+import jax
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from PIL.Image import Resampling, Transpose
 
 from fashion_jax.images import MAX_PIXELS, read_image
+from fashion_jax.inference import predict
+from fashion_jax.train import fit
 
 # What turns the upright picture into what a camera with this orientation stores.
 STORED = {
@@ -20,6 +23,8 @@ STORED = {
     7: Transpose.TRANSVERSE,
     8: Transpose.ROTATE_270,
 }
+
+DOUBTFUL = pytest.mark.filterwarnings("ignore:.*may be cropped wrongly")
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +46,55 @@ def paper(size, shade, *boxes, mode="L") -> Image.Image:
     return picture
 
 
+def photograph(image, rng, *, shade=255, depth=-1.0, size=400, dim=1.0, corners=1.0, blur=0, specks=0, salt=0, noise=0):
+    """A photograph, 600x600, of an image of the data set: darker (depth < 0) or lighter than what it lies on."""
+    left, top = (100, 100) if size == 400 else rng.integers(10, 590 - size, 2).tolist()
+    picture = Image.fromarray(image).resize((size, size), Resampling.BICUBIC)
+    picture = ImageOps.expand(picture, (left, top, 600 - size - left, 600 - size - top))
+    cover = abs(depth) / 255 * np.asarray(picture.filter(ImageFilter.GaussianBlur(blur)))
+    object_shade = 0 if depth < 0 else 255
+    x, y = np.meshgrid(*2 * [np.linspace(-1, 1, 600)])
+    along = np.cos(angle := rng.uniform(0, 2 * np.pi)) * x + np.sin(angle) * y
+    light = np.interp(along, (along.min(), along.max()), (dim, 1))
+    light /= (1 + (corners**-0.5 - 1) * (x**2 + y**2) / 2) ** 2
+    levels = light * (shade * (1 - cover) + object_shade * cover)
+    for radius in rng.integers(0, 6, specks) * (rng.random(specks) < 0.1):
+        row, column = rng.choice([0, 599, *rng.integers(0, 600, 8)], 2)
+        around = np.s_[max(row - radius, 0) : row + radius + 1, max(column - radius, 0) : column + radius + 1]
+        levels[around] = object_shade
+    levels = np.where(rng.random(levels.shape) < salt, rng.choice([0, 255], levels.shape), levels)
+    return Image.fromarray((levels + rng.normal(0, noise, levels.shape)).round().clip(0, 255).astype(np.uint8))
+
+
+@pytest.fixture(scope="module")
+def params(splits):
+    return fit(*splits, key=jax.random.key(0), dropout_rate=0.2, epochs=4).best.params
+
+
+@DOUBTFUL
+@pytest.mark.parametrize(
+    ("count", "conditions", "suffix"),
+    [
+        (100, {}, ".png"),
+        (200, {"noise": 8, "dim": 0.78, "specks": 300, "corners": 0.6}, ".png"),
+        (40, {"salt": 0.05}, ".png"),
+        (40, {"blur": 3, "noise": 2}, ".jpg"),
+        (40, {"shade": 40, "depth": 1, "noise": 8, "dim": 0.78, "specks": 300}, ".png"),
+        (40, {"shade": 110, "noise": 3}, ".png"),
+        (40, {"size": 250, "noise": 8, "dim": 0.78, "specks": 100}, ".png"),
+        (40, {"depth": -0.3, "noise": 4, "dim": 0.78}, ".png"),
+    ],
+)
+def test_photographs_are_classified_like_their_images(tmp_path, splits, params, count, conditions, suffix):
+    rng, (images, labels) = np.random.default_rng(0), (leaf[:count] for leaf in splits.test)
+    options = {"quality": 30} if suffix == ".jpg" else {"compress_level": 0}
+    taken = [read(tmp_path, photograph(image, rng, **conditions), suffix, **options) for image in images]
+    of_images, of_photographs = (predict(params, np.stack(x)).argmax(1) for x in (images, taken))
+    right, wanted = np.mean(of_photographs == labels), np.mean(of_images == labels)
+    assert right >= wanted - (0.03 if count >= 100 else 0.075), (right, wanted)
+    assert count < 100 or right >= 0.85
+
+
 def difference(image, original) -> float:
     return np.abs(image.astype(float) - original.astype(float)).mean()
 
@@ -51,12 +105,17 @@ def test_the_data_set_s_own_images_are_taken_as_they_are(tmp_path, splits):
             np.testing.assert_array_equal(read(tmp_path, Image.fromarray(pixels)), image)
 
 
-@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "P", "I;16", "CMYK"])
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "P", "CMYK"])
 def test_every_mode_gives_the_same_image(tmp_path, shoe, mode):
-    deep = mode == "I;16"
-    picture = Image.fromarray(shoe * np.uint16(257)) if deep else Image.fromarray(shoe).convert(mode)
-    image = read(tmp_path, picture, ".jpg" if mode == "CMYK" else ".png")
+    options = {"transparency": bytes([255] * 256)} if mode == "P" else {}
+    image = read(tmp_path, Image.fromarray(shoe).convert(mode), ".jpg" if mode == "CMYK" else ".png", **options)
     assert difference(image, shoe) <= (5 if mode == "CMYK" else 0)
+
+
+def test_bits_stored_in_sixteen_are_scaled(tmp_path, shoe):
+    for bits in (8, 10, 12, 16):
+        levels = np.rint(shoe / 255 * (2**bits - 1)).astype(np.uint16)
+        np.testing.assert_array_equal(read(tmp_path, Image.fromarray(levels)), shoe)
 
 
 @pytest.mark.parametrize("orientation", STORED)
@@ -64,11 +123,17 @@ def test_every_mode_gives_the_same_image(tmp_path, shoe, mode):
     ("suffix", "options", "tolerance"),
     [(".png", {}, 0), (".jpg", {"quality": 95}, 2), (".webp", {"lossless": True}, 0)],
 )
-def test_exif_rotation_is_undone(tmp_path, shoe, orientation, suffix, options, tolerance):
-    exif = Image.Exif()
-    exif[0x112] = orientation
+def test_exif_rotation_is_undone_whatever_else_is_odd(tmp_path, shoe, orientation, suffix, options, tolerance):
+    # The width is a text, and the model's name lies outside of the file.
+    tags = (0x100, 2, 4, b"abc", 0x110, 2, 2**20, 2**30, 0x112, 3, 1, orientation)
+    exif = b"Exif\0\0II*\0\x08\0\0\0\x03\0" + struct.pack("<HHI4sHHIIHHII", *tags) + bytes(4)
     stored = Image.fromarray(shoe).transpose(STORED[orientation])
     assert difference(read(tmp_path, stored, suffix, exif=exif, **options), shoe) <= tolerance
+
+
+def test_a_photograph_of_200_megapixels_is_read(tmp_path):
+    picture = paper((16_384, 12_288), 240, ((4_000, 4_000, 8_000, 8_000), 20))
+    np.testing.assert_array_equal(read(tmp_path, picture, ".jpg") > 250, True)
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA"])
@@ -90,25 +155,50 @@ def test_enlarged_and_padded_images_come_back(tmp_path, splits, background, mode
         # The longest edge becomes 28 and the rest is centered, the wider margin above.
         (paper((900, 700), 255, ((300, 40, 500, 440), 0)), (0, 27), (7, 20), {255}),
         (paper((900, 700), 255, ((100, 300, 660, 480), 0)), (10, 18), (0, 27), {255}),
-        # A grey background becomes black.
         (paper((300, 300), 200, ((10, 50, 290, 190), 0), ((90, 90, 210, 150), 100)), (7, 20), (0, 27), {128, 255}),
-        # What is within 5% of the background is cropped.
         (paper((100, 100), 255, ((10, 10, 90, 90), 245), ((40, 30, 60, 70), 0)), (0, 27), (7, 20), {255}),
-        # An object along one whole side is none of the background.
-        (paper((10, 100), 255, ((0, 0, 4, 100), 0)), (0, 27), (14, 14), {255}),
         # Cut out on a transparent background, the object is light whatever its shade.
-        (paper((100, 100), (77, 0), ((20, 0, 80, 100), (20, 255)), mode="LA"), (0, 27), (6, 22), {235}),
-        (paper((100, 100), (77, 0), ((20, 0, 80, 100), (235, 255)), mode="LA"), (0, 27), (6, 22), {235}),
+        (paper((100, 100), (77, 0), ((20, 0, 80, 100), (20, 255)), mode="LA"), (0, 27), (6, 22), {254}),
+        (paper((100, 100), (77, 0), ((20, 0, 80, 100), (235, 255)), mode="LA"), (0, 27), (6, 22), {254}),
+        # What lies at the border is not the object, nor is a speck.
+        (paper((300, 300), 255, ((0, 0, 300, 40), 90), ((100, 90, 200, 290), 0)), (0, 27), (7, 20), {255}),
+        (paper((300, 300), 255, ((5, 5, 15, 15), 0), ((90, 50, 190, 250), 0)), (0, 27), (7, 20), {255}),
+        (paper((300, 300), 190, ((90, 50, 190, 250), 255), ((130, 100, 140, 150), 0)), (0, 27), (7, 20), {255}),
         # A half transparent object shows half of the background.
         (paper((28, 28), (0, 255), ((5, 5, 20, 20), (200, 128)), mode="LA"), (5, 19), (5, 19), {100}),
     ],
 )
+@DOUBTFUL
 def test_where_the_object_lies_and_how_light_it_is(tmp_path, picture, rows, columns, shades):
     image = read(tmp_path, picture)
     for axis, (first, last) in ((1, rows), (0, columns)):
         lit = np.flatnonzero(image.any(axis=axis))
         assert (lit[0], lit[-1]) == (first, last)
     assert set(np.unique(image)) - {0} <= shades
+
+
+def test_one_pixel_lines_stay_visible(tmp_path):
+    drawing = paper((4000, 4000), 255)
+    ImageDraw.Draw(drawing).rectangle((1000, 500, 3000, 3500), outline=0)
+    with pytest.warns(UserWarning, match=r"picture\.png may be .* hardly stands out; photograph"):
+        image = read(tmp_path, drawing, compress_level=1)
+    assert image.max() >= 254
+    assert (image > 60).sum() > 60
+
+
+@pytest.mark.parametrize(
+    ("picture", "doubt"),
+    [
+        (paper((300, 300), 255, ((100, 0, 200, 200), 0)), "touches the border"),
+        (paper((10, 100), 255, ((0, 0, 4, 100), 0)), "touches the border"),
+        (paper((300, 300), 255, ((50, 50, 130, 200), 0), ((170, 60, 250, 220), 0)), "is one of several"),
+        (paper((300, 300), 255, ((100, 100, 200, 200), 235)), "hardly stands out"),
+        (paper((300, 300), 255, ((99, 99, 200, 200), 235), ((0, 0, 95, 95), 235)), "is one of several and hardly"),
+    ],
+)
+def test_doubts_about_the_crop_are_said(tmp_path, picture, doubt):
+    with pytest.warns(UserWarning, match=rf"picture\.png may be cropped wrongly: the object {doubt}.*; photograph"):
+        assert read(tmp_path, picture).max() >= 254
 
 
 def test_the_border_s_verdict_and_the_object_s_can_be_overridden(tmp_path):
@@ -154,7 +244,6 @@ def png(width: int, height: int) -> bytes:
         (png(0, 5), "is not a PNG|is damaged"),
         (png(50, 50), "is damaged"),
     ],
-    ids=["empty", "text", "another format", "bomb", "too large", "no width", "no rows"],
 )
 def test_what_is_no_image_is_named(tmp_path, content, message):
     path = tmp_path / "file.png"
@@ -164,17 +253,21 @@ def test_what_is_no_image_is_named(tmp_path, content, message):
     assert str(path) in str(caught.value)
 
 
+def test_light_on_dark_is_true_false_or_none(tmp_path, unchecked):
+    with pytest.raises(TypeError, match="light_on_dark must be True, False or None, got 'dark'"):
+        read_image(tmp_path / "any.png", light_on_dark="dark")
+
+
 def test_a_missing_file_and_a_picture_without_an_object_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no\.png"):
         read_image(tmp_path / "no.png")
-    noise = np.random.default_rng(0).normal(200, 3, (300, 400)).clip(190, 210).astype(np.uint8)
+    noise = np.random.default_rng(0).normal(200, 8, (300, 400)).clip(0, 255).astype(np.uint8)
     for picture in (Image.fromarray(noise), *(Image.new("L", (side, side), 130) for side in (1, 28, 100))):
-        with pytest.raises(ValueError, match=r"picture\.png shows nothing that is (lighter|darker)"):
+        with pytest.raises(ValueError, match=r"picture\.png shows nothing that is different"):
             read(tmp_path, picture)
 
 
-@pytest.mark.parametrize("shade", [200, 252, 255])
-@pytest.mark.parametrize(("given", "found"), [(True, "lighter"), (False, "darker")])
+@pytest.mark.parametrize(("shade", "given", "found"), [(200, True, "lighter"), (252, False, "darker")])
 def test_an_object_on_the_wrong_side_of_its_background_is_an_error(tmp_path, shade, given, found):
     picture = paper((100, 100), shade, ((30, 30, 70, 70), 20))
     picture = picture if given else ImageOps.invert(picture)
@@ -183,13 +276,13 @@ def test_an_object_on_the_wrong_side_of_its_background_is_an_error(tmp_path, sha
     np.testing.assert_array_equal(read(tmp_path, picture), read(tmp_path, picture, light_on_dark=not given))
 
 
+@DOUBTFUL
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp"])
 def test_damaged_files_give_an_image_or_an_error_with_their_name(tmp_path, shoe, suffix):
     rng = np.random.default_rng(0)
     path = tmp_path / f"picture{suffix}"
-    read(tmp_path, Image.fromarray(shoe).resize((90, 90)), suffix)
-    whole = path.read_bytes()
-    failed = 0
+    read(tmp_path, ImageOps.expand(Image.fromarray(shoe).resize((90, 90)), 10), suffix)
+    whole, failed = path.read_bytes(), 0
     for trial in range(200):
         content = bytearray(whole)
         for position in rng.integers(0, len(content), 4):
