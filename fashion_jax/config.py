@@ -32,7 +32,8 @@ def negative_log_likelihood(
     '1.3863'
     """
     # A sum over the row instead of an index: its gradient needs no scatter.
-    return -jnp.where(jnp.asarray(labels)[:, None] == jnp.arange(log_probs.shape[1])[None], log_probs, 0).sum(axis=1)
+    chosen = jnp.asarray(labels, int)[:, None] == jnp.arange(log_probs.shape[1])[None]
+    return -jnp.where(chosen, log_probs, 0).sum(axis=1)
 
 
 @dataclasses.dataclass(frozen=True)

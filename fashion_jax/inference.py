@@ -39,24 +39,27 @@ class MCPrediction(NamedTuple):
     mutual_information: Float64[np.ndarray, "*lanes n"]
 
 
-def predict(params: Params, images: Images, *, config: TrainConfig = TrainConfig()) -> Float[np.ndarray, "*lanes n c"]:
+def predict(
+    params: Params, images: Images, *, config: TrainConfig = TrainConfig(), **hyperparameters: float
+) -> Float[np.ndarray, "*lanes n classes"]:
     """Compute class probabilities, dropout off.
 
     Args:
         params: The model's parameters; lane axes in front, such as those of a `Sweep`, stay in front in the result.
         images: Raw pixels, 0 (background) to 255; n may be 0.
         config: The model.
+        **hyperparameters: Fields of the model to replace, if any matter with dropout off.
 
     Raises:
-        TypeError: The images are not uint8.
+        TypeError: The images are not uint8, or the model has no such field.
         ValueError: The parameters do not fit the model.
 
     >>> from fashion_jax.steps import init_state
     >>> predict(init_state(jax.random.key(0)).params, np.zeros((3, 28, 28), np.uint8)).shape
     (3, 10)
     """
-    params, images, lanes = _check(params, images, config)
-    parts = [_log_probs(params, chunk, model=config.model, lanes=lanes) for chunk in _chunks(images)]
+    params, pixels, fields, lanes = _check(params, images, hyperparameters, config)
+    parts = [_log_probs(params, chunk, fields, model=config.model, lanes=lanes) for chunk in _chunks(pixels)]
     log_probs = np.concatenate(jax.device_get(parts), axis=-2, dtype=jnp.result_type(float))
     return np.exp(log_probs[..., : len(images), :])
 
@@ -92,12 +95,10 @@ def predict_mc(
     True
     """
     key, samples = _checks.key(key), _checks.integer("samples", samples, 1)
-    fields: dict[str, Any] = {name: _checks.number(name, value) for name, value in hyperparameters.items()}
-    config.model.clone(**fields)  # Checks the fields, which the program only sees traced.
-    params, images, lanes = _check(params, images, config)
+    params, pixels, fields, lanes = _check(params, images, hyperparameters, config)
     sample = functools.partial(_sample, params, key, fields, model=config.model, lanes=lanes)
     parts = []
-    for chunk in _chunks(images):
+    for chunk in _chunks(pixels):
         drawn = jax.device_get([sample(chunk, first) for first in range(0, samples, SAMPLES_AT_ONCE)])
         log_probs = np.concatenate(drawn, axis=-3, dtype=np.float64)
         if not fields and (log_probs == log_probs[..., :1, :, :]).all():
@@ -112,12 +113,14 @@ def predict_mc(
     return jax.tree.map(lambda *leaves: np.concatenate(leaves, lanes).take(range(len(images)), lanes), *parts)
 
 
-def _check(params: Any, images: Any, config: TrainConfig) -> tuple[Params, np.ndarray, int]:
+def _check(params: Any, images: Any, hyperparameters: Any, config: TrainConfig) -> Any:
+    fields: dict[str, Any] = {name: _checks.number(name, value) for name, value in hyperparameters.items()}
+    config.model.clone(**fields)  # Checks the fields, which programs only see traced.
     images = _checks.pixels("images", images)
     if images.ndim < 3:
         raise ValueError(f"images must have shape [n, height, width], got {list(images.shape)}")
     lanes = _checks.params(params, _checks.param_shapes(config.model, images.shape[1:]))
-    return jax.device_put(params), images, lanes
+    return jax.device_put(params), images, fields, lanes
 
 
 def _chunks(images: np.ndarray) -> Iterator[np.ndarray]:
@@ -128,7 +131,8 @@ def _chunks(images: np.ndarray) -> Iterator[np.ndarray]:
 
 
 @functools.partial(jax.jit, static_argnames=("model", "lanes"))
-def _log_probs(params, images, *, model: nn.Module, lanes: int):
+def _log_probs(params, images, fields, *, model: nn.Module, lanes: int):
+    model = model.clone(**fields)
     return _over_lanes(lambda params: model.apply({"params": params}, images, deterministic=True), lanes)(params)
 
 

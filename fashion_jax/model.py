@@ -49,8 +49,9 @@ class Dropout(nn.Module):
         if deterministic:
             return x
         keep = uniform(self.make_rng("dropout"), x.shape) >= self.rate
-        # The cast keeps half precision, which a traced rate in float32 would widen.
-        return jnp.where(keep, x / (1 - self.rate), 0).astype(x.dtype)
+        # Half precision is divided in full precision, as a traced rate has it.
+        scaled = (x.astype(jnp.result_type(float)) / (1 - self.rate)).astype(x.dtype)
+        return jnp.where(keep, scaled, 0)
 
 
 class FashionMLP(nn.Module):

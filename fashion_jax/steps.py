@@ -187,7 +187,7 @@ def eval_step(
 
 
 def _average(losses: Any, log_probs: Any, labels: Any, weights: Float[Array, " n"] | None) -> Metrics:
-    correct = jnp.equal(log_probs.argmax(axis=1), labels).astype(losses.dtype)
+    correct = (log_probs.argmax(axis=1) == jnp.asarray(labels, int)).astype(losses.dtype)
     return Metrics(jnp.average(losses, weights=weights), jnp.average(correct, weights=weights))
 
 

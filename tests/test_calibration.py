@@ -57,16 +57,6 @@ def test_the_loss_of_very_sure_networks_is_that_of_training(trained, splits):
     assert score(np.array([[1.0, 0.0]]), np.array([1])).loss == pytest.approx(87.3, abs=0.1)
 
 
-def test_calibrated_probabilities_have_a_small_error_and_sharpened_ones_a_large_one():
-    p, labels = calibrated(50_000)
-    assert score(p, labels).calibration_error < 0.01
-    assert score(p**3 / (p**3).sum(axis=1, keepdims=True), labels).calibration_error > 0.1
-    curve = reliability(p, labels)
-    full = curve.share > 0.02
-    assert full.sum() > 8
-    np.testing.assert_allclose(curve.accuracy[full], curve.confidence[full], atol=0.03)
-
-
 def test_lane_axes_stay_in_front():
     p, labels = calibrated(400)
     lanes = np.stack([p, p[::-1], np.roll(p, 1, axis=1)]).reshape(3, 1, 400, 10)
@@ -115,7 +105,6 @@ HALVES = np.full((3, 2), 0.5)
         (lambda: reliability(HALVES, np.array([0, 0.5, 1])), r"labels must lie in 0..1, got \[0.5\]"),
         (lambda: score(np.log(HALVES), np.zeros(3, int)), "sum to 1 over the classes"),
         (lambda: entropy(np.full((3, 2), np.nan)), "sum to 1 over the classes"),
-        (lambda: entropy(np.ones((3, 2))), "sum to 1 over the classes"),
         (lambda: entropy(np.array([0.1, 0.9])), r"must be \[..., n, classes\]"),
         (lambda: detection(np.zeros(0), np.zeros(3)), "at least one example each"),
     ],

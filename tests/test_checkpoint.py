@@ -19,6 +19,7 @@ import pytest
 from sweep_worker import CONFIG, equal, parts
 
 from fashion_jax import FashionMLP, TrainConfig
+from fashion_jax.callbacks import EarlyStopping
 from fashion_jax.checkpoint import Checkpoints, Store
 from fashion_jax.config import negative_log_likelihood
 from fashion_jax.files import DamagedError, load_tensors, save_tensors
@@ -243,3 +244,15 @@ def test_damaged_checkpoints_push_no_good_one_out(tmp_path):
 def test_what_cannot_be_saved_raises(tmp_path):
     with Store(tmp_path, identity={}) as store, pytest.raises(TypeError, match="key"):
         store.save(1, lambda: {"key": jax.random.key(0)}, best=1, last=True)
+
+
+def test_early_stopping_survives_a_resume(data, tmp_path):
+    def run(*callbacks, **options):
+        return fit(*data, **OPTIONS, epochs=30, callbacks=[EarlyStopping(patience=2), *callbacks], **options)
+
+    expected = run()
+    last = len(expected.history.running_loss)
+    assert 3 < last < 30
+    run(lambda end: end.epoch == last - 1, checkpoint=tmp_path)
+    for _ in range(2):
+        equal(run(checkpoint=tmp_path), expected)

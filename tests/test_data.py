@@ -10,11 +10,11 @@ import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from unittest import mock
 
 import jax
 import numpy as np
 import pytest
+from sweep_worker import same
 
 from fashion_jax import data, sources
 from fashion_jax.types import Batch, Splits
@@ -43,10 +43,6 @@ def write(place: Path, files) -> Path:
 def digests(place: Path) -> dict[str, str]:
     paths = [path for path in place.rglob("*") if path.is_file()]
     return {str(path.relative_to(place)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
-
-
-def assert_same(first, second):
-    jax.tree.map(np.testing.assert_array_equal, first, second)
 
 
 @pytest.fixture
@@ -108,7 +104,7 @@ def test_layouts_of_a_directory(tiny, tmp_path, layout, near, compress):
     files = {layout.format(n.replace("-idx", ".idx") if near else n): compress(c) for n, c in published(tiny).items()}
     place = write(tmp_path / "größe 1 データ", files)
     before = digests(place)
-    assert_same(data.load(place), tiny)
+    same(data.load(place), tiny)
     assert digests(place) == before
 
 
@@ -118,7 +114,7 @@ def test_places_and_their_order(tiny, tmp_path, monkeypatch, caplog):
         write(place, published(tiny))
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg") if place.parent.name == "xdg" else "")
         monkeypatch.setenv("FASHION_JAX_DATA", "~/files" if place.name == "files" else "")
-        assert_same(data.load(), tiny)
+        same(data.load(), tiny)
         assert caplog.messages[-1] == f"Fashion-MNIST from {place}"
 
 
@@ -131,12 +127,10 @@ DAMAGE = {
     "flipped pixel": (flip, "{path} does not hold the published {name}, but SHA-256 .*; fetch it again"),
     "cut off": (lambda content: content[:-1], "{path} is damaged, .* cannot reshape"),
     "no IDX": (lambda content: b"PNG!" + content[4:], "{path} .* no IDX file .* it starts with 50 4e 47 21"),
-    "half a header": (lambda content: content[:6], "{path} .* smaller than requested"),
     "dimensions": (lambda content: b"\0\0\x08\xff" + bytes(4) + b"\xff" * 4 * 254, "{path} .* supported dimension"),
     "empty": (lambda content: b"", "{path} .* it starts with nothing"),
     "gzip cut off": (lambda content: gzip.compress(content)[:-9], "{path} .* ended before the end-of-stream"),
     "gzip changed": (lambda content: gzip.compress(content)[:-7] + b"1234567", "{path} .* CRC check failed"),
-    "gzip of flipped": (lambda content: gzip.compress(flip(content)), "{path} does not hold the published {name}"),
     "unreadable": (lambda content: "/proc/self/mem", "Input/output error"),
     "missing": (lambda content: None, "{path.parent} lacks {name}; it holds t"),
 }
@@ -156,12 +150,12 @@ def test_damaged_files(tiny, tmp_path, caplog, kind, name):
     before = {file: file.lstat().st_mtime_ns for file in path.parent.iterdir()}
     with pytest.raises((ValueError, OSError), match=message.format(path=path, name=name)):
         data.load(path.parent)
-    assert_same(data.load(), tiny)
+    same(data.load(), tiny)
     assert caplog.messages[-1].startswith("passing over ")
     assert {file: file.lstat().st_mtime_ns for file in path.parent.iterdir()} == before
     # A sound copy beside it is enough.
     write(path.parent, {f"{name}.gz": gzip.compress(files[name])})
-    assert_same(data.load(path.parent), tiny)
+    same(data.load(path.parent), tiny)
 
 
 def test_the_error_says_where_it_looked(tiny, tmp_path):
@@ -223,7 +217,7 @@ def test_obstacles_cost_no_more_than_a_copy(tiny, tmp_path, monkeypatch, caplog,
     with host(monkeypatch, lambda name, n: files[name] if n == 3 else files[name][:-9]):
         obstruct(monkeypatch, tmp_path)
         before = digests(tmp_path)
-        assert_same(data.load(), tiny)
+        same(data.load(), tiny)
     assert message in caplog.text
     assert digests(tmp_path).items() >= before.items()
     assert prepared is None or list((tmp_path / prepared).glob("fashion_mnist/3.0.1/*.array_record*"))
@@ -267,7 +261,7 @@ def test_two_processes_at_once_download_and_prepare_one_copy(tiny, tmp_path, mon
     tfds = pytest.importorskip("tensorflow_datasets")
     stock = tfds.data_source("fashion_mnist", split="test", data_dir=tmp_path / TFDS, download=False)
     assert len(stock) == 20
-    assert_same(data.load(source="tfds"), tiny)
+    same(data.load(source="tfds"), tiny)
 
 
 def test_the_script_falls_back_to_debian_s_package(tiny, splits, tmp_path):
@@ -280,22 +274,13 @@ def test_the_script_falls_back_to_debian_s_package(tiny, splits, tmp_path):
     package = str(write(tmp_path / "package", files))
     refused = {"PATH": path, "PACKAGE": package, "http_proxy": "http://127.0.0.1:9", "PYTHONWARNINGS": "error"}
 
-    def run(**variables):
-        command = ["sh", Path(__file__).parents[1] / "scripts" / "get_data.sh", sys.executable]
-        return subprocess.run(command, env=os.environ | refused | variables, capture_output=True, text=True)
-
-    fallen_back, wrong = run(), run(FASHION_JAX_DATA="/no/such")
+    command = ["sh", Path(__file__).parents[1] / "scripts" / "get_data.sh", sys.executable]
+    fallen_back = subprocess.run(command, env=os.environ | refused, capture_output=True, text=True)
     calm, source = fallen_back.stderr.splitlines()
     assert calm.startswith(f"no Fashion-MNIST in {tmp_path / CACHE}, ")
     assert calm.endswith("Connection refused); taking Debian's package dataset-fashion-mnist instead")
     assert source == f"Fashion-MNIST from {tmp_path / CACHE}"
     assert fallen_back.stdout == "Fashion-MNIST as published: 60,000 training images and 10,000 test images\n"
-    assert (wrong.returncode, wrong.stderr[:16]) == (1, "error: data_dir,")
-
-
-def test_ctrl_c_ends_the_command_with_130(monkeypatch):
-    monkeypatch.setattr(data, "load", mock.Mock(side_effect=KeyboardInterrupt))
-    assert data.main([]) == 130
 
 
 @pytest.mark.parametrize("labels", [np.arange(1000) % 10, np.repeat([0, 3, 9], [10, 190, 800]), np.zeros(1000, int)])
@@ -321,11 +306,9 @@ def test_parts_are_nested_stratified_and_keep_the_order(labels):
 BAD = [
     (lambda _: data.load("/no/such"), r"data_dir, or \$FASHION_JAX_DATA, is not a directory: /no/such"),
     (lambda _: data.load("gs://bucket"), "data_dir must be a local path"),
-    (lambda _: data.load(source="torch"), "source must be one of auto, idx, tfds, download; got 'torch'"),
     *((lambda b, f=f: data.hold_out(b, f, key=KEY), "fraction must leave examples") for f in (0.0, 1.0, -0.2, 1e-9)),
     (lambda batch: data.subset(batch, 0, key=KEY), "size must be at least 1"),
     (lambda batch: data.subset(batch, 1001, key=KEY), "size must be at most 1000"),
-    (lambda batch: data.subset(batch, 10, key=0), "key must be one typed key"),
     (lambda b: data.hold_out(Batch(np.ma.masked_equal(b.images, 0), b.labels), 0.2, key=KEY), "is a masked array"),
 ]
 

@@ -1,7 +1,6 @@
 """README and documentation: blocks run, links lead somewhere, names exist, figures are those of the records."""
 
 import importlib
-import inspect
 import re
 from pathlib import Path
 
@@ -20,7 +19,7 @@ each_page = pytest.mark.parametrize("page", TEXTS, ids=lambda page: page.relativ
 
 
 def test_python_blocks_run(tmp_path):
-    run_blocks(*(page for page in PAGES[1:] if "```python" in TEXTS[page]), cwd=tmp_path)
+    run_blocks(*(page for page in PAGES if "```python" in TEXTS[page]), cwd=tmp_path)
 
 
 def test_the_documentation_builds_and_has_every_name(tmp_path):
@@ -57,9 +56,6 @@ def test_names_exist(page):
     for name in re.findall(r"`(fashion_jax(?:\.\w+)+)", PROSE[page]):
         module, _, member = name.rpartition(".")
         assert name in MODULES or hasattr(importlib.import_module(module), member), name
-    for module, member in re.findall(r"\b(interop|TrainConfig|report)\.(\w+)\(", PROSE[page]):
-        room = fashion_jax.TrainConfig if module == "TrainConfig" else importlib.import_module(f"fashion_jax.{module}")
-        assert hasattr(room, member), member
 
 
 @each_page
@@ -69,16 +65,3 @@ def test_figures_are_those_of_the_records(page):
     records = "".join(path.read_text() for path in tables.RECORDS.rglob("report.md"))
     for interval in re.findall(r"[+-]?\d\.\d+ \[[+-]?\d\.\d+, [+-]?\d\.\d+\]", tables.BLOCK.sub("", PROSE[page])):
         assert interval in records
-
-
-def test_docstrings_name_every_argument():
-    """Where they have a section for arguments."""
-    for module in map(importlib.import_module, MODULES):
-        for name, thing in inspect.getmembers(module, lambda thing: callable(thing) and not inspect.isclass(thing)):
-            text = f"{inspect.getdoc(thing)}\n"
-            section = re.search(r"^Args:\n((?: {4}.*\n)*)", text, re.MULTILINE)
-            if section and thing.__module__ == module.__name__:
-                entries = re.findall(r"^ {4}([*\w]+(?:, [*\w]+)*): ", section[1], re.MULTILINE)
-                named = {argument.strip("*") for entry in entries for argument in entry.split(", ")}
-                arguments = set(inspect.signature(thing).parameters)
-                assert named <= arguments <= named | set(re.findall(r"`(\w+)`", text)), f"{module.__name__}.{name}"

