@@ -128,6 +128,23 @@ def test_models_of_the_user_s_own_are_predicted(splits):
     assert prediction.std.max() > 0.01
 
 
+class Tempered(nn.Module):
+    temperature: float | jax.Array = 1.0
+
+    @nn.compact
+    def __call__(self, images, *, deterministic):
+        return nn.log_softmax(nn.Dense(10)(normalize(images).reshape(len(images), -1)) / self.temperature)
+
+
+def test_fields_that_matter_with_dropout_off_are_replaced(images):
+    config = TrainConfig(model=Tempered())
+    params = init_state(KEY, config=config).params
+    plain, hot = (predict(params, images, config=config, **numbers) for numbers in ({}, {"temperature": 2.0}))
+    close(hot, np.sqrt(plain) / np.sqrt(plain).sum(axis=1, keepdims=True), atol=1e-6)
+    with pytest.raises(TypeError, match="slope"):
+        predict(params, images, config=config, slope=1.0)
+
+
 @pytest.mark.parametrize("config", [TrainConfig(), TrainConfig(model=Plain())])
 def test_a_model_that_drops_nothing_has_no_monte_carlo(images, config):
     params = init_state(KEY, config=config).params
