@@ -39,11 +39,7 @@ def integer(name: str, value: Any, least: int) -> int:
 
 
 def got(value: Any) -> str:
-    """Return what was found, in one line of at most 80 characters.
-
-    >>> got(np.zeros((3, 2)))
-    'array([[0., 0.], [0., 0.], [0., 0.]])'
-    """
+    """Return what was found, in one line of at most 80 characters."""
     return textwrap.shorten(repr(value), 80, placeholder=" ...")
 
 
@@ -80,12 +76,7 @@ def seed(name: str, value: Any) -> int:
 
 
 def axis(name: str, value: Any, check: Callable[[str, Any], Any]) -> tuple[Any, ...]:
-    """Return the checked values of a sweep's axis, at least one and no two alike.
-
-    >>> axis("dropout_rate", [0.3, 0.1 + 0.2], number)
-    Traceback (most recent call last):
-    ValueError: dropout_rate must hold at least one value, and none twice, got [0.3, 0.30000000000000004]
-    """
+    """Return the checked values of a sweep's axis, at least one and no two alike."""
     if not isinstance(value, Iterable):
         raise TypeError(f"{name} must be a sequence such as range(8), got {got(value)}")
     values = [check(name, entry) for entry in value]
@@ -236,11 +227,22 @@ def param_shapes(model: Any, image_shape: tuple[int, ...]) -> Any:
 
 
 @functools.lru_cache
-def output_shape(model: Any, image_shape: tuple[int, ...]) -> Any:
-    """Return shape and type of what a model returns in training, for one image."""
+def output_shape(model: Any, image_shape: tuple[int, ...], *traced: str) -> Any:
+    """Return shape and type of what a model returns in training for one image, with some of its fields traced."""
+
+    def apply(fields, params, images):
+        rngs = {"dropout": jax.random.key(0)}
+        return model.clone(**fields).apply({"params": params}, images, deterministic=False, rngs=rngs)
+
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.uint8)
-    apply = functools.partial(model.apply, deterministic=False, rngs={"dropout": jax.random.key(0)})
-    return jax.eval_shape(apply, {"params": param_shapes(model, image_shape)}, images)
+    fields = {name: jax.ShapeDtypeStruct((), jnp.result_type(float)) for name in traced}
+    try:
+        return jax.eval_shape(apply, fields, param_shapes(model, image_shape), images)
+    except jax.errors.ConcretizationTypeError as error:
+        raise TypeError(
+            f"the model must take {', '.join(traced)} traced; use fashion_jax.Dropout in place of flax.linen.Dropout, "
+            "and no Python condition"
+        ) from error
 
 
 def structure(config: Any) -> None:
@@ -281,6 +283,7 @@ def experiment(config: Any, train: Batch, validation: Batch, lanes: Sequence[tup
     variants = {(name, lane[name]): tried | {name: lane[name]} for _, lane in lanes for name in tried} or {0: tried}
     models = [config.model.clone(**fields) for fields in variants.values()]
     output = [output_shape(model, images.shape[1:]) for model in models][-1]
+    output_shape(config.model, images.shape[1:], *tried)
     if output.ndim != 2 or len(output) != 1:
         raise ValueError(f"the model must return log-probabilities [n, classes], got {['n', *output.shape[1:]]}")
     for name, data in (("train", train), ("validation", validation)):

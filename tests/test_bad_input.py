@@ -51,6 +51,17 @@ class Logits(nn.Module):
         return nn.Dense(10)(normalize(images).reshape(len(images), -1))
 
 
+class Dropped(nn.Module):
+    """Flax's dropout at a rate that is a field, which it cannot take traced."""
+
+    dropout_rate: float = 0.5
+
+    @nn.compact
+    def __call__(self, images, *, deterministic):
+        x = nn.Dropout(self.dropout_rate)(normalize(images).reshape(len(images), -1), deterministic=deterministic)
+        return nn.log_softmax(nn.Dense(10)(x))
+
+
 def assert_raises(error, message, call, *arguments, **named):
     with pytest.raises(error, match=message) as caught:
         call(*arguments, **named)
@@ -101,6 +112,11 @@ FIT = [
     ({"start": {"fc1": {}}}, T, "^start must be a TrainState or a Best, such as run.best, got dict"),
     ({"start": Best({"fc1": {}}, 1.0, 1)}, V, r"^params do not fit the model: fc1\.bias is missing"),
     ({"start": init_state(KEY, config=SGD)}, V, "^start does not fit the config: its optimizer state is another"),
+    (
+        {"config": TrainConfig(model=Dropped())},
+        T,
+        r"^the model must take dropout_rate traced; use fashion_jax\.Dropout",
+    ),
     ({"config": TrainConfig(model=Logits())}, V, r"^the model must return log-prob.* sum to .*\.log_softmax"),
     ({"config": TrainConfig(optimizer=lambda learning_rate: None)}, T, "^optimizer must return an optax.*, got None"),
     ({"config": TrainConfig(loss=lambda p, y: p.sum())}, V, r"^loss must return one number an example, \[n\], got"),
