@@ -71,7 +71,7 @@ class Store:
         writes: Whether this process writes; one of several does.
 
     Raises:
-        OSError: The directory cannot be written, or another run is using it.
+        OSError: On entering: the directory cannot be written, or another run is using it.
 
     >>> import tempfile
     >>> tree = {"weights": np.ones(3)}
@@ -104,25 +104,29 @@ class Store:
         self._saved = 0
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
-        if writes:
+        self._lock = filelock.FileLock(self.directory / "lock")
+
+    def __enter__(self) -> "Store":
+        import filelock
+
+        if self._writes:
             self.directory.mkdir(parents=True, exist_ok=True)
-            self._lock = filelock.FileLock(self.directory / "lock")
             try:
                 self._lock.acquire(timeout=0)
             except filelock.Timeout:
                 raise BlockingIOError(
                     f"another run is saving to {self.directory}; wait for it, or name another directory"
                 ) from None
-
-    def __enter__(self) -> "Store":
+            except BaseException:  # Ctrl-C: a notebook keeps the traceback, and with it this object.
+                self._lock.release()
+                raise
         return self
 
     def __exit__(self, *_: object) -> None:
         try:
             self._wait()
         finally:
-            if self._writes:
-                self._lock.release()
+            self._lock.release()
 
     def restore(self, like: Any) -> tuple[int, Any]:
         """Return the newest good checkpoint of this run: its epoch, and its tree as NumPy arrays.

@@ -80,14 +80,14 @@ with Store(sys.argv[1], identity={}):
 def test_a_directory_is_of_one_run_while_it_lives(tmp_path):
     taken = functools.partial(pytest.raises, BlockingIOError, match=f"^another run is saving to {tmp_path}; wait")
     store = functools.partial(Store, tmp_path, identity={})
-    with store(), taken():
-        store()
+    with store(), taken(), store():
+        pass
     with pytest.raises(ZeroDivisionError), store():
         raise ZeroDivisionError
     with start(HOLDING, tmp_path, "wait") as process:
         assert process.stdout.readline() == "locked\n"
-        with taken():
-            store()
+        with taken(), store():
+            pass
         process.kill()
         process.wait()
         with store():
@@ -174,12 +174,16 @@ def test_ctrl_c_in_any_line_returns_complete_epochs(data):
 
 
 def test_ctrl_c_while_saving_loses_no_epoch(data, tmp_path):
-    saving = [Store.save, Store._start_writing, Store._wait]
+    saving = [Store.__enter__, Store.save, Store._start_writing, Store._wait]
     runs = list(interrupted_in_each_line(data, saving, lambda place: tmp_path / str(place)))
     saved = [len(list((tmp_path / str(place)).glob("epoch-*"))) for place in range(1, len(runs) + 1)]
     returned = [len(run.history.running_loss) if run else None for run in runs]
     assert [(r, s) for r, s in zip(returned, saved, strict=True) if r not in (None, s)] == []
     assert returned.count(1) > 3
+    # Each directory is free again.
+    for place in range(1, len(runs) + 1):
+        with Store(tmp_path / str(place), identity={}):
+            pass
 
 
 def test_a_full_disk_leaves_the_checkpoints_before(data, tmp_path):
