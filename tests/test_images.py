@@ -68,7 +68,7 @@ def photograph(image, rng, *, shade=255, depth=-1.0, size=400, dim=1.0, corners=
 
 @pytest.fixture(scope="module")
 def params(splits):
-    return fit(*splits, key=jax.random.key(0), dropout_rate=0.2, epochs=4).best.params
+    return fit(*splits, key=jax.random.key(0), dropout_rate=0.2, epochs=8).best.params
 
 
 @DOUBTFUL
@@ -91,8 +91,9 @@ def test_photographs_are_classified_like_their_images(tmp_path, splits, params, 
     taken = [read(tmp_path, photograph(image, rng, **conditions), suffix, **options) for image in images]
     of_images, of_photographs = (predict(params, np.stack(x)).argmax(1) for x in (images, taken))
     right, wanted = np.mean(of_photographs == labels), np.mean(of_images == labels)
-    assert right >= wanted - (0.03 if count >= 100 else 0.075), (right, wanted)
-    assert count < 100 or right >= 0.85
+    # Two standard errors of the difference, if one prediction of ten is another.
+    assert right >= wanted - 2 * np.sqrt(0.1 / count), (right, wanted)
+    assert count < 200 or right >= 0.85
 
 
 def difference(image, original) -> float:
