@@ -20,7 +20,7 @@ REFERENCE = Path(__file__).parents[1] / "tests" / "reference" / "pytorch_curves.
 class Flags:
     epochs: int = 30  # Passes over the training set.
     seeds: int = 4  # Number of seeds, from 0; each trains once at every rate.
-    rates: tuple[float, ...] = (0.0, 0.2)  # Dropout rates in [0, 1). Verdicts compare 0 with the last one.
+    rates: tuple[float, ...] = (0.0, 0.2)  # Dropout rates in [0, 1). Verdicts compare 0 with each other one.
     learning_rate: float = 0.003  # Learning rate of the optimizer.
     batch_size: int = 64  # Images a step.
     hidden: tuple[int, ...] = (256, 128, 64)  # Width of each hidden layer.
@@ -60,11 +60,13 @@ def main(flags: Flags) -> None:
     arms = {f"dropout {rate:g}" if rate else "no dropout": result.at(dropout_rate=rate) for rate in flags.rates}
     histories = drop_diverged({name: arm.history for name, arm in arms.items()})
     tables: dict[str, Any] = {"Mean ± std over seeds; losses in nats:": report.table(histories)}
-    verdicts, tested = [], {}
-    dropped = [name for name in arms if name != "no dropout"]
-    if 0 < len(dropped) < len(arms):
-        verdicts = judge(histories["no dropout"], histories[dropped[-1]])
-        tables[f"No dropout against {dropped[-1]}:"] = report.verdicts(verdicts)
+    verdicts, tested = {}, {}
+    if "no dropout" in histories:
+        verdicts = {
+            name: judge(histories["no dropout"], arm) for name, arm in histories.items() if name != "no dropout"
+        }
+    for name, judged in verdicts.items():
+        tables[f"No dropout against {name}:"] = report.verdicts(judged)
     if flags.holdout:
         tables["Test set, touched once:"] = rows = [["arm", "after", "loss", "accuracy"]]
         for name, arm in arms.items():
