@@ -68,7 +68,7 @@ def photograph(image, rng, *, shade=255, depth=-1.0, size=400, dim=1.0, corners=
 
 @pytest.fixture(scope="module")
 def params(splits):
-    return fit(*splits, key=jax.random.key(0), dropout_rate=0.2, epochs=8).best.params
+    return fit(*splits, key=jax.random.key(0), dropout_rate=0.2, epochs=6).best.params
 
 
 @DOUBTFUL
@@ -80,9 +80,7 @@ def params(splits):
         (40, {"salt": 0.05}, ".png"),
         (40, {"blur": 3, "noise": 2}, ".jpg"),
         (40, {"shade": 40, "depth": 1, "noise": 8, "dim": 0.78, "specks": 300}, ".png"),
-        (40, {"shade": 110, "noise": 3}, ".png"),
-        (40, {"size": 250, "noise": 8, "dim": 0.78, "specks": 100}, ".png"),
-        (40, {"depth": -0.3, "noise": 4, "dim": 0.78}, ".png"),
+        (40, {"size": 250, "depth": -0.5, "noise": 4, "dim": 0.78, "specks": 100}, ".png"),
     ],
 )
 def test_photographs_are_classified_like_their_images(tmp_path, splits, params, count, conditions, suffix):
