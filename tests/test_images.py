@@ -68,7 +68,7 @@ def photograph(image, rng, *, shade=255, depth=-1.0, size=400, dim=1.0, corners=
 
 @pytest.fixture(scope="module")
 def params(splits):
-    return fit(*splits, key=jax.random.key(0), dropout_rate=0.2, epochs=4).best.params
+    return fit(*splits, key=jax.random.key(0), dropout_rate=0.2, epochs=3).best.params
 
 
 @DOUBTFUL
@@ -76,7 +76,7 @@ def params(splits):
     ("count", "conditions", "suffix"),
     [
         (50, {}, ".png"),
-        (120, {"noise": 8, "dim": 0.78, "specks": 300, "corners": 0.6}, ".png"),
+        (80, {"noise": 8, "dim": 0.78, "specks": 300, "corners": 0.6}, ".png"),
         (25, {"salt": 0.05}, ".png"),
         (25, {"blur": 3, "noise": 2}, ".jpg"),
         (25, {"shade": 40, "depth": 1, "noise": 8, "dim": 0.78, "specks": 300}, ".png"),
