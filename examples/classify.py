@@ -43,11 +43,8 @@ def main(flags: Flags) -> int:
         raise ValueError("there is no picture to classify")
     if not flags.model.exists():
         train(flags)
-    network, pixels, key = (
-        load_safetensors(flags.model),
-        np.stack([image for _, image in images]),
-        jax.random.key(flags.seed),
-    )
+    network, key = load_safetensors(flags.model), jax.random.key(flags.seed)
+    pixels = np.stack([image for _, image in images])
     logger.info("using the network in %s", flags.model)
     rows = [["file", "class", "probability", "next", "probability", "entropy (nats)", "less certain than"]]
     probabilities = predict(network.params, pixels, config=network.config)

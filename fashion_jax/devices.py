@@ -68,6 +68,8 @@ def join_machines(coordinator: str | None = None, processes: int | None = None, 
     try:
         jax.distributed.initialize(coordinator, processes, process, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     except ValueError as error:  # The launcher's variables are missing, or only some of them are set.
+        if any(given):
+            raise
         raise ValueError(f"pass coordinator, processes and process; JAX could not find them: {error}") from error
 
 

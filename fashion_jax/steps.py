@@ -187,8 +187,10 @@ def eval_step(
 
 
 def _average(losses: Any, log_probs: Any, labels: Any, weights: Float[Array, " n"] | None) -> Metrics:
-    correct = (log_probs.argmax(axis=1) == jnp.asarray(labels, int)).astype(losses.dtype)
-    return Metrics(jnp.average(losses, weights=weights), jnp.average(correct, weights=weights))
+    correct = log_probs.argmax(axis=1) == jnp.asarray(labels, int)
+    # A model may return half precision, in which a mean over a data set would be coarse.
+    values = (losses.astype(jnp.result_type(float)), correct.astype(jnp.result_type(float)))
+    return Metrics(*(jnp.average(value, weights=weights) for value in values))
 
 
 def _split(tree: Any, n: int, size: int) -> tuple[Any, Float[Array, "batches size"]]:

@@ -217,3 +217,16 @@ def test_parameters_that_do_not_fit_model_and_images_are_named(state, data):
         )
     with pytest.raises(ValueError, match=r"fc1\.kernel must have shape \[196, 16\], got \[784, 16\]"):
         evaluate(state.params, data._replace(images=data.images[:, ::2, ::2]), config=CONFIG)
+
+
+def test_metrics_of_half_precision_are_means_in_full_precision():
+    class Half(nn.Module):
+        @nn.compact
+        def __call__(self, images, *, deterministic):
+            self.param("unused", nn.initializers.zeros, (1,))
+            return jnp.log(jnp.full((len(images), 2), 0.5, jnp.bfloat16))
+
+    batch = Batch(jnp.zeros((1_000, 2, 2), jnp.uint8), jnp.arange(1_000) // 999)
+    with jax.numpy_dtype_promotion("strict"):
+        metrics = eval_step({"unused": jnp.zeros(1)}, batch, config=TrainConfig(model=Half()))
+    assert (metrics.loss.dtype, float(metrics.accuracy)) == (jnp.float32, pytest.approx(0.999, abs=1e-6))
