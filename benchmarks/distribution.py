@@ -54,7 +54,7 @@ def main(flags: Flags) -> None:
     measured = np.empty((2, 2, flags.seeds, len(FIGURES)))
     for seed, (arm, rate) in itertools.product(range(flags.seeds), enumerate(ARMS.values())):
         history = fit(train, test, key=jax.random.key(seed), dropout_rate=rate, epochs=flags.epochs).history
-        measured[0, arm, seed] = [curve[-LAST:].mean() for curve in (history.running_loss, *history.validation)]
+        measured[0, arm, seed] = [curve[-LAST:].mean() for curve in (history.running_loss, *history.validation[:2])]
         loop = FastLoop(train, dropout_rate=rate, seed=seed)
         batches = loop.prepare(test)
         curves = [(loop.epoch(), *loop.evaluate(batches)) for _ in range(flags.epochs)]

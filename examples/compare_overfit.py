@@ -72,7 +72,7 @@ def main(flags: Flags) -> None:
         for name, arm in arms.items():
             for when, run in {"the last epoch": arm.state, "the best hold-out epoch": arm.best}.items():
                 tested[f"{name}, {when}"] = metrics = evaluate(run.params, splits.test, config=config)
-                rows.append([name, when, *map(report.mean_and_std, metrics)])
+                rows.append([name, when, *map(report.mean_and_std, metrics[:2])])
 
     curves = report.read_curves(REFERENCE) if flags.reference else {}
     reference = {name: curves[rate] for name, rate in zip(arms, flags.rates, strict=True) if rate in curves}

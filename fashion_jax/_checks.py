@@ -4,7 +4,6 @@ Each takes the argument's name and value, returns the value in the form that the
 raises an error that names the argument, what was found and what to do.
 """
 
-import functools
 import itertools
 import math
 import numbers
@@ -15,11 +14,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.core import Tracer
 
 from fashion_jax.types import Batch, History, Metrics
@@ -169,19 +166,27 @@ def history(name: str, value: Any, *axes: str, must_be_finite: bool = True) -> H
         name: Name of the argument.
         value: Metrics after each epoch.
         *axes: Names of its axes, such as "seeds", "epochs"; any number in front of the epochs if left out.
-        must_be_finite: False admits a run that diverged.
+        must_be_finite: Leave out the epochs that were not evaluated, and refuse a run that diverged.
     """
     if not isinstance(value, History):
         hint = "; pass its .history" if hasattr(value, "history") else ""
         raise TypeError(f"{name} must be a History, got {type(value).__name__}{hint}")
-    running, *others = (np.asarray(leaf, np.float64) for leaf in value.curves().values())
+    leaves = (value.running_loss, *value.train[:2], *value.validation[:2])
+    running, *others = (np.asarray(leaf, np.float64) for leaf in leaves)
     shapes = {leaf.shape for leaf in (running, *others)}
     if len(shapes) > 1 or not running.size or not running.ndim or (axes and running.ndim != len(axes)):
         expected = ", ".join(axes or ("...", "epochs"))
         raise ValueError(f"{name} must have leaves [{expected}] of one shape, got {sorted(map(list, shapes))}")
     if must_be_finite:
+        running, *others = (leaf[..., evaluated(value) - 1] for leaf in (running, *others))
         finite(name, np.concatenate([running, *others], axis=-1))
     return History(running, Metrics(*others[:2]), Metrics(*others[2:]))
+
+
+def evaluated(history: History) -> np.ndarray:
+    """Return the numbers of the epochs that end with an evaluation, from 1; a run that diverged counts as evaluated."""
+    seen = ~np.isnan(history.validation.loss) | np.isnan(history.running_loss)
+    return 1 + np.flatnonzero(seen.reshape(-1, seen.shape[-1]).any(axis=0))
 
 
 def finite(name: str, runs: np.ndarray) -> None:
@@ -192,134 +197,25 @@ def finite(name: str, runs: np.ndarray) -> None:
         raise ValueError(f"{name} holds numbers that are not finite{where}")
 
 
-def params(found: Any, expected: Mapping[str, Any]) -> int:
-    """Return the number of lane axes of parameters; raise ValueError where they do not fit the model.
+def epoch(history: History, axes: Mapping[str, Sequence[Any]], *, stopped: np.ndarray) -> None:
+    """Warn of the runs that have diverged in the last epoch; raise FloatingPointError if no other is left.
 
     Args:
-        found: Parameters, whose leaves may have lane axes in front.
-        expected: Parameters of the model, or their shapes.
-
-    >>> params({"fc1": {"bias": np.zeros((2, 9))}}, {"fc1": {"bias": np.zeros(10)}})
-    Traceback (most recent call last):
-    ValueError: params do not fit the model: fc1.bias must have shape [10], got [2, 9], for images of this size
+        history: Leaves [lanes, epochs].
+        axes: Those of the lanes.
+        stopped: Whether the parameters changed until then and have not in this epoch, which is warned of too.
     """
-    here, there = _shapes(found), _shapes(expected)
-    lanes = {shape[: len(shape) - len(there[name])] for name, shape in here.items() if name in there}
-    front = min(lanes, key=len, default=())
-    wrong = [f"{name} is missing" for name in there.keys() - here.keys()]
-    wrong += [f"{name} is not part of the model" for name in here.keys() - there.keys()]
-    wrong += [
-        f"{name} must have shape {list(shape)}, got {list(here[name])}"
-        for name, shape in there.items()
-        if name in here and here[name] != front + shape
-    ]
-    if wrong:
-        raise ValueError(f"params do not fit the model: {'; '.join(sorted(wrong))}, for images of this size")
-    return len(front)
-
-
-@functools.lru_cache
-def param_shapes(model: Any, image_shape: tuple[int, ...]) -> Any:
-    """Return shapes and types of a model's parameters, without computing any."""
-    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.uint8)
-    init = functools.partial(model.init, deterministic=True)
-    return jax.eval_shape(init, jax.random.key(0), images)["params"]
-
-
-@functools.lru_cache
-def output_shape(model: Any, image_shape: tuple[int, ...], *traced: str) -> Any:
-    """Return shape and type of what a model returns in training for one image, with some of its fields traced."""
-
-    def apply(fields, params, images):
-        rngs = {"dropout": jax.random.key(0)}
-        return model.clone(**fields).apply({"params": params}, images, deterministic=False, rngs=rngs)
-
-    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.uint8)
-    fields = {name: jax.ShapeDtypeStruct((), jnp.result_type(float)) for name in traced}
-    try:
-        return jax.eval_shape(apply, fields, param_shapes(model, image_shape), images)
-    except jax.errors.ConcretizationTypeError as error:
-        raise TypeError(
-            f"the model must take {', '.join(traced)} traced; use fashion_jax.Dropout in place of flax.linen.Dropout, "
-            "and no Python condition"
-        ) from error
-
-
-def structure(config: Any) -> None:
-    """Raise an error unless the fields of a `TrainConfig` have the right types and sizes."""
-    if not isinstance(config.model, nn.Module):
-        raise TypeError(f"model must be a flax.linen.Module such as FashionMLP(), got {got(config.model)}")
-    if isinstance(config.optimizer, optax.GradientTransformation):
-        raise TypeError(
-            "optimizer must be a factory such as optax.adam, and its numbers arguments of fit or sweep; got the "
-            "transformation that a factory returned"
-        )
-    for name in ("optimizer", "loss", "augment", "eval_params"):
-        value = getattr(config, name)
-        if not callable(value) and not (value is None and name in ("augment", "eval_params")):
-            raise TypeError(f"{name} must be a function, got {got(value)}")
-    for name in ("batch_size", "eval_batch_size", "train_eval_size"):
-        if getattr(config, name) is not None or name != "train_eval_size":
-            integer(name, getattr(config, name), 1)
-    try:
-        hash(config)
-    except TypeError as error:
-        raise TypeError(f"every field must be hashable, such as a tuple in place of a list: {error}") from None
-
-
-def experiment(config: Any, train: Batch, validation: Batch, lanes: Sequence[tuple[Any, Mapping[str, float]]]) -> None:
-    """Raise an error, before anything compiles, where model, loss, hyperparameters and data do not fit together.
-
-    The model is tried with every value in `lanes`, which holds key and hyperparameters of each run.
-    """
-    images, labels = train.images[:1], train.labels[:1]
-    if validation.images.shape[1:] != images.shape[1:]:
-        raise ValueError(
-            f"validation.images must have the shape of train.images, [n, {', '.join(map(str, images.shape[1:]))}], got "
-            f"{list(validation.images.shape)}"
-        )
-    first = lanes[0][1]
-    tried = {name: value for name, value in first.items() if hasattr(config.model, name)}
-    variants = {(name, lane[name]): tried | {name: lane[name]} for _, lane in lanes for name in tried} or {0: tried}
-    models = [config.model.clone(**fields) for fields in variants.values()]
-    output = [output_shape(model, images.shape[1:]) for model in models][-1]
-    output_shape(config.model, images.shape[1:], *tried)
-    if output.ndim != 2 or len(output) != 1:
-        raise ValueError(f"the model must return log-probabilities [n, classes], got {['n', *output.shape[1:]]}")
-    for name, data in (("train", train), ("validation", validation)):
-        batch(name, data, classes=output.shape[1])
-    losses = jax.eval_shape(config.loss, output, labels)
-    if losses.shape != (1,):
-        raise ValueError(f"loss must return one number an example, [n], got {list(losses.shape)} for n = 1")
-
-
-def log_probabilities(model: Any, params: Any, images: Any) -> None:
-    """Raise ValueError unless a Linen module returns log-probabilities: logits would train without a word.
-
-    Leaves of `params` have an axis of lanes in front.
-    """
-    params = jax.tree.map(lambda leaf: leaf[0], params)
-    log_probs = jax.jit(functools.partial(model.apply, deterministic=True))({"params": params}, images)
-    total = float(jnp.exp(log_probs[0].astype(jnp.float32)).sum())
-    # In bfloat16 the sum is off by some hundredths.
-    if not abs(total - 1) < 0.1:
-        raise ValueError(
-            f"the model must return log-probabilities, but their exponentials sum to {total:.4g}; end it with "
-            "jax.nn.log_softmax"
-        )
-
-
-def finite_epoch(history: History, axes: Mapping[str, Sequence[Any]]) -> None:
-    """Warn of the runs that have diverged in the last epoch; raise FloatingPointError if no other is left."""
-    diverged, epoch = np.isnan(history.running_loss[:, -1]), history.running_loss.shape[1]
+    diverged, number = np.isnan(history.running_loss[:, -1]), history.running_loss.shape[1]
+    if (stopped & ~diverged).any():
+        warnings.warn(f"no step of epoch {number} changed the parameters: has a schedule ended?", stacklevel=5)
     new = diverged & ~np.isnan(history.running_loss[:, :-1]).any(axis=1)
     if not new.any():
         return
     if diverged.all():
-        raise FloatingPointError(f"training diverged in epoch {epoch}; a lower learning_rate may help")
+        raise FloatingPointError(f"training diverged in epoch {number}; a lower learning_rate may help")
     lanes = list(itertools.product(*axes.values()))
     first = ", ".join(f"{name}={value}" for name, value in zip(axes, lanes[new.argmax()], strict=True))
-    told = f"{new.sum()} of {len(new)} runs diverged in epoch {epoch} ({first}{', ...' if new.sum() > 1 else ''})"
+    told = f"{new.sum()} of {len(new)} runs diverged in epoch {number} ({first}{', ...' if new.sum() > 1 else ''})"
     warnings.warn(f"{told}; their history is NaN from there on", stacklevel=5)
 
 
@@ -341,8 +237,3 @@ def path(name: str, value: Any) -> Path:
         return Path(value).expanduser()
     except RuntimeError as error:
         raise ValueError(f"{name} is {str(value)!r}, and there is no home directory: {error}") from None
-
-
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): np.shape(leaf) for path, leaf in leaves}

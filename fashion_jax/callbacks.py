@@ -97,11 +97,14 @@ class Progress:
             self._bar = None
         self._last, where = end.epoch % end.epochs, {"total": end.epochs, "initial": end.epoch, "file": file}
         history = end.history
-        training, loss, accuracy = (_means(end, curve) for curve in (history.train.loss, *history.validation))
-        figures = f"validation loss {loss}, accuracy {accuracy}"
+        curves = {"training loss": history.train.loss, "validation loss": history.validation.loss}
+        curves |= {"accuracy": history.validation.accuracy}
+        if end.epoch not in _checks.evaluated(history):
+            curves = {"training loss (running)": history.running_loss}
+        figures = ", ".join(f"{name} {_means(end, curve)}" for name, curve in curves.items())
         if not (file.isatty() or _in_notebook()):
             epoch = ", ".join(filter(None, (f"epoch {end.epoch}/{end.epochs}", _settings(end))))
-            print(f"{epoch}: training loss {training}, {figures}", file=file, flush=True)
+            print(f"{epoch}: {figures}", file=file, flush=True)
         elif self._bar is None:
             # The first epoch, which compiles, would spoil the estimate of the time left.
             self._bar = tqdm(desc=_settings(end), unit="epoch", postfix=figures, **where)

@@ -1,24 +1,17 @@
-"""The structure of an experiment, and how hyperparameters find their place in it.
-
-A `TrainConfig` is static: one config, one compiled program. Every number that one might want to vary is a
-hyperparameter: a traced keyword argument, so that another value compiles nothing. A hyperparameter with the name of a
-field of the model replaces that field; all others are arguments of the optimizer factory.
-"""
+"""The structure of an experiment: what is fixed when a program is compiled."""
 
 import dataclasses
 import inspect
-import numbers
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
-from fashion_jax import _checks
+from fashion_jax import _model_checks
 from fashion_jax.model import FashionMLP
 
 
@@ -38,7 +31,7 @@ def negative_log_likelihood(
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """Model, optimizer, loss and batches: what is fixed when a program is compiled. The default is the tutorial's.
+    """Model, optimizer, loss and batches; the tutorial's by default. One config is one compiled program.
 
     Attributes:
         model: A Flax Linen module, called as `model(images, deterministic=...)` with raw uint8 images; it returns
@@ -53,6 +46,9 @@ class TrainConfig:
         batch_size: Examples a step.
         eval_batch_size: Examples evaluated at once; it bounds memory and changes results by rounding only.
         train_eval_size: Training examples on which the training loss is evaluated; None takes all.
+        evaluate_every: Epochs from one evaluation to the next; the last epoch of a run is always evaluated.
+        metrics: Further functions to report, by name: of `log_probs` and `labels`, of all examples of an evaluation, or
+            of `grads` and `updates`, of a step. Each returns a number. They are told apart by these argument names.
 
     Functions are compared by identity, so create a lambda or a `functools.partial` once.
 
@@ -73,66 +69,14 @@ class TrainConfig:
     batch_size: int = 64
     eval_batch_size: int = 2_000
     train_eval_size: int | None = 10_000
+    evaluate_every: int = 1
+    metrics: Mapping[str, Callable[..., Any]] | tuple[tuple[str, Callable[..., Any]], ...] = ()
 
     def __post_init__(self) -> None:
-        _checks.structure(self)
+        if isinstance(self.metrics, Mapping):  # A static argument must be hashable.
+            object.__setattr__(self, "metrics", tuple(self.metrics.items()))
+        _model_checks.structure(self)
 
-
-def complete(config: TrainConfig, hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the hyperparameters with the defaults of those left out: the model's fields, and learning rate 0.003.
-
-    >>> complete(TrainConfig(), {"b1": 0.8})
-    {'dropout_rate': 0.0, 'learning_rate': 0.003, 'b1': 0.8}
-    """
-    fields, arguments = _fields(config.model), _arguments(config.optimizer)
-    for name in hyperparameters:
-        if name not in fields and name not in arguments and "**" not in arguments:
-            raise TypeError(
-                f"there is no hyperparameter {name!r}; the model has {', '.join(fields) or 'none'}; the optimizer has "
-                f"{', '.join(arguments) or 'none'}"
-            )
-    tutorial = {"learning_rate": 0.003} if "learning_rate" in arguments else {}
-    return fields | tutorial | dict(hyperparameters)
-
-
-def compose(
-    config: TrainConfig, hyperparameters: Mapping[str, Any]
-) -> tuple[nn.Module, optax.GradientTransformationExtraArgs]:
-    """Build the model and the optimizer with their hyperparameters, which may be traced."""
-    hyperparameters = complete(config, hyperparameters)
-    arguments = {name: value for name, value in hyperparameters.items() if name not in _fields(config.model)}
-    optimizer = config.optimizer(**arguments)
-    if not isinstance(optimizer, optax.GradientTransformation):
-        raise TypeError(f"optimizer must return an optax.GradientTransformation, got {_checks.got(optimizer)}")
-    init, update = optax.with_extra_args_support(optimizer)
-    # optax.adam raises a number of Python to a power of int32, which strict promotion refuses.
-    update = jax.numpy_dtype_promotion("standard")(update)
-    return compose_model(config, hyperparameters), optax.GradientTransformationExtraArgs(init, update)
-
-
-def compose_model(config: TrainConfig, hyperparameters: Mapping[str, Any]) -> nn.Module:
-    """Build the model with those hyperparameters that are fields of it."""
-    fields = _fields(config.model)
-    return config.model.clone(**{name: value for name, value in hyperparameters.items() if name in fields})
-
-
-def _fields(model: nn.Module) -> dict[str, float]:
-    """Return the model's fields that a program can take traced: numbers, but for sizes."""
-    fields = {
-        field.name: getattr(model, field.name) for field in dataclasses.fields(model) if field.type not in (int, "int")
-    }
-    return {name: value for name, value in fields.items() if _is_number(value)}
-
-
-def _arguments(factory: Callable[..., Any]) -> list[str]:
-    """Return the factory's arguments that may be numbers; `**` stands for any name."""
-    parameters = inspect.signature(factory).parameters.values()
-    named = [p.name for p in parameters if p.default in (p.empty, None) or _is_number(p.default)]
-    variadic = {p.name: p.kind for p in parameters if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
-    return [name for name in named if name not in variadic] + ["**"] * (
-        inspect.Parameter.VAR_KEYWORD in variadic.values()
-    )
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+    def metrics_of(self, *arguments: str) -> dict[str, Callable[..., Any]]:
+        """Return those of `metrics` that are functions of the named arguments."""
+        return {name: f for name, f in dict(self.metrics).items() if {*arguments} <= {*inspect.signature(f).parameters}}

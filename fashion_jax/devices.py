@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from fashion_jax import _checks
+from fashion_jax import _model_checks
 from fashion_jax.config import TrainConfig
 
 LANES = PartitionSpec("lanes")
@@ -94,7 +94,7 @@ class Lanes:
             at_once = lanes_that_fit(devices[0], config, data[0].images.shape[1:]) if threefry else 1
         self._mesh = Mesh(np.array(devices), ("lanes",), axis_types=(AxisType.Auto,))
         self.count: int = len(lanes)
-        self._config = config
+        self.config: TrainConfig = config
         # One of several processes writes what all of them have trained.
         self.writes: bool = not self._mesh.is_multi_process or jax.process_index() == 0
         self._at_once = min(at_once, -(-len(lanes) // self._mesh.size))
@@ -105,19 +105,19 @@ class Lanes:
         # A copy, because a CPU device may use a NumPy array where it lies, and the caller may change it.
         self._data = self._replicate(jax.tree.map(np.array, data))
 
-    def map(self, function: Callable[..., Any], carry: Any = None, number: np.int32 = np.int32(0)) -> Any:
-        """Apply `function(key, hyperparameters, carry, number, data, config=config)` to every run.
+    def map(self, function: Callable[..., Any], carry: Any = None, turn: Any = None) -> Any:
+        """Apply `function(key, hyperparameters, carry, turn, data, config=config)` to every run.
 
         Args:
             function: Pure, and the same object at every call.
             carry: Arrays [lanes, ...] on the devices.
-            number: What all runs share, beside the data.
+            turn: NumPy scalars that all runs share, beside the data.
 
         Returns:
             Arrays [lanes, ...] on the devices.
         """
-        shared = (self._replicate(number), self._data)
-        static = {"config": self._config, "mesh": self._mesh, "at_once": self._at_once}
+        shared = (self._replicate(turn), self._data)
+        static = {"config": self.config, "mesh": self._mesh, "at_once": self._at_once}
         return _map(function, (*self._runs, carry), shared, **static)
 
     def place(self, tree: Any) -> Any:
@@ -137,13 +137,13 @@ class Lanes:
             time.sleep(0.0005)
         return jax.tree.map(lambda leaf: leaf[: self.count], jax.device_get(tree))
 
-    def digest(self, function: Callable[..., Any], carry: Any) -> str:
+    def digest(self, function: Callable[..., Any], carry: Any, turn: Any) -> str:
         """Return the SHA-256 of a function of one run as the compiler receives it, on any number of devices."""
         # How much of the data is evaluated at once may change.
-        config = dataclasses.replace(self._config, eval_batch_size=TrainConfig.eval_batch_size)
+        config = dataclasses.replace(self.config, eval_batch_size=TrainConfig.eval_batch_size)
         one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), (*self._runs, carry))
         data = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), self._data)
-        traced = jax.jit(function, static_argnames="config").trace(*one, np.int32(0), data, config=config)
+        traced = jax.jit(function, static_argnames="config").trace(*one, turn, data, config=config)
         return hashlib.sha256(traced.lower(lowering_platforms=("cpu",)).as_text().encode()).hexdigest()
 
     def _replicate(self, tree: Any) -> Any:
@@ -176,15 +176,15 @@ def lanes_that_fit(device: Any, config: TrainConfig, image_shape: tuple[int, ...
     """
     if device.platform == "cpu":
         return 1
-    params = _checks.param_shapes(config.model, image_shape)
+    variables = _model_checks.variable_shapes(config.model, image_shape)
 
-    def outputs(params):
+    def outputs(variables):
         images = jnp.zeros((1, *image_shape), jnp.uint8)
         captured: Any = {"capture_intermediates": True, "mutable": ["intermediates"]}
-        return config.model.apply({"params": params}, images, deterministic=True, **captured)
+        return config.model.apply(variables, images, deterministic=True, **captured)
 
     count, per_image = (
-        sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (params, jax.eval_shape(outputs, params))
+        sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (variables, jax.eval_shape(outputs, variables))
     )
     # Parameters, two moments and the best parameters, old and new of each, and a gradient; outputs, forward and back.
     activations = 2 * (math.prod(image_shape) + per_image) * config.batch_size + per_image * config.eval_batch_size

@@ -89,12 +89,12 @@ def summarize(history: History) -> Summary:
     >>> int(summary.best_epoch), float(summary.late_rise.round(3)), float(summary.gap.round(3))
     (2, 0.05, 0.1)
     """
-    history = _checks.history("history", history)
-    loss, accuracy = history.validation
+    whole, history = history, _checks.history("history", history)
+    loss, accuracy = history.validation.loss, history.validation.accuracy
     best = np.asarray(loss.argmin(axis=-1))
     best_loss, final_loss = _at(loss, best), _final(loss)
     return Summary(
-        best_epoch=best + 1,
+        best_epoch=_checks.evaluated(whole)[best],
         best_loss=best_loss,
         final_loss=final_loss,
         late_rise=final_loss - best_loss,

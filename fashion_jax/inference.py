@@ -11,9 +11,9 @@ import numpy as np
 from jaxtyping import Array, Float, Float64, Key, UInt8
 from scipy.special import entr
 
-from fashion_jax import _checks
+from fashion_jax import _checks, _model_checks
 from fashion_jax.config import TrainConfig
-from fashion_jax.types import Params
+from fashion_jax.types import Best, Params, TrainState, variables
 
 # On two cores, one image takes 1 ms and 10,000 take 57 ms; in chunks of 32 0.4 and 73 ms, in chunks of 1,024 6 and 54.
 CHUNK = 128
@@ -40,12 +40,17 @@ class MCPrediction(NamedTuple):
 
 
 def predict(
-    params: Params, images: Images, *, config: TrainConfig = TrainConfig(), **hyperparameters: float
+    trained: Params | TrainState | Best,
+    images: Images,
+    *,
+    config: TrainConfig = TrainConfig(),
+    **hyperparameters: float,
 ) -> Float[np.ndarray, "*lanes n classes"]:
     """Compute class probabilities, dropout off.
 
     Args:
-        params: The model's parameters; lane axes in front, such as those of a `Sweep`, stay in front in the result.
+        trained: The state or the best of a run, or its parameters alone, if the model has no other variables. Lane axes
+            in front, such as those of a `Sweep`, stay in front in the result.
         images: Raw pixels, 0 (background) to 255; n may be 0.
         config: The model.
         **hyperparameters: Fields of the model to replace, if any matter with dropout off.
@@ -58,14 +63,14 @@ def predict(
     >>> predict(init_state(jax.random.key(0)).params, np.zeros((3, 28, 28), np.uint8)).shape
     (3, 10)
     """
-    params, pixels, fields, lanes = _check(params, images, hyperparameters, config)
-    parts = [_log_probs(params, chunk, fields, model=config.model, lanes=lanes) for chunk in _chunks(pixels)]
+    found, pixels, fields, lanes = _check(trained, images, hyperparameters, config)
+    parts = [_log_probs(found, chunk, fields, model=config.model, lanes=lanes) for chunk in _chunks(pixels)]
     log_probs = np.concatenate(jax.device_get(parts), axis=-2, dtype=jnp.result_type(float))
     return np.exp(log_probs[..., : len(images), :])
 
 
 def predict_mc(
-    params: Params,
+    trained: Params | TrainState | Best,
     images: Images,
     *,
     key: Key[Array, ""],
@@ -76,14 +81,15 @@ def predict_mc(
     """Predict with dropout on, by many thinned networks that each see all images: Monte Carlo dropout.
 
     Args:
-        params, images, config: As for `predict`.
+        trained, images, config: As for `predict`.
         key: Determines the units that each sample drops.
         samples: Number of thinned networks.
         **hyperparameters: Fields of the model to replace, such as `dropout_rate=0.2`.
 
     Raises:
         TypeError: An argument has the wrong type, or the model has no such field.
-        ValueError: A number is out of range, the parameters do not fit the model, or the model drops nothing.
+        ValueError: A number is out of range, the parameters do not fit the model, or the model drops nothing
+            or has variables beside its parameters.
 
     Source: Gal and Ghahramani, "Dropout as a Bayesian Approximation", ICML 2016; mutual information as in Houlsby et
     al., "Bayesian Active Learning for Classification and Preference Learning", arXiv:1112.5745, 2011.
@@ -95,8 +101,10 @@ def predict_mc(
     True
     """
     key, samples = _checks.key(key), _checks.integer("samples", samples, 1)
-    params, pixels, fields, lanes = _check(params, images, hyperparameters, config)
-    sample = functools.partial(_sample, params, key, fields, model=config.model, lanes=lanes)
+    found, pixels, fields, lanes = _check(trained, images, hyperparameters, config)
+    if found.keys() > {"params"}:
+        raise ValueError("the model changes more than dropout while it trains, such as the statistics of BatchNorm")
+    sample = functools.partial(_sample, found, key, fields, model=config.model, lanes=lanes)
     parts = []
     for chunk in _chunks(pixels):
         drawn = jax.device_get([sample(chunk, first) for first in range(0, samples, SAMPLES_AT_ONCE)])
@@ -113,14 +121,15 @@ def predict_mc(
     return jax.tree.map(lambda *leaves: np.concatenate(leaves, lanes).take(range(len(images)), lanes), *parts)
 
 
-def _check(params: Any, images: Any, hyperparameters: Any, config: TrainConfig) -> Any:
+def _check(trained: Any, images: Any, hyperparameters: Any, config: TrainConfig) -> Any:
     fields: dict[str, Any] = {name: _checks.number(name, value) for name, value in hyperparameters.items()}
     config.model.clone(**fields)  # Checks the fields, which programs only see traced.
     images = _checks.pixels("images", images)
     if images.ndim < 3:
         raise ValueError(f"images must have shape [n, height, width], got {list(images.shape)}")
-    lanes = _checks.params(params, _checks.param_shapes(config.model, images.shape[1:]))
-    return jax.device_put(params), images, fields, lanes
+    found = variables(trained)
+    lanes = _model_checks.variables(found, _model_checks.variable_shapes(config.model, images.shape[1:]))
+    return jax.device_put(found), images, fields, lanes
 
 
 def _chunks(images: np.ndarray) -> Iterator[np.ndarray]:
@@ -131,25 +140,25 @@ def _chunks(images: np.ndarray) -> Iterator[np.ndarray]:
 
 
 @functools.partial(jax.jit, static_argnames=("model", "lanes"))
-def _log_probs(params, images, fields, *, model: nn.Module, lanes: int):
+def _log_probs(variables, images, fields, *, model: nn.Module, lanes: int):
     model = model.clone(**fields)
-    return _over_lanes(lambda params: model.apply({"params": params}, images, deterministic=True), lanes)(params)
+    return _over_lanes(lambda variables: model.apply(variables, images, deterministic=True), lanes)(variables)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "lanes"))
-def _sample(params, key, fields, images, first, *, model: nn.Module, lanes: int):
+def _sample(variables, key, fields, images, first, *, model: nn.Module, lanes: int):
     # One image at a time with the sample's key, so that all images pass through the same thinned network.
-    def of_image(params, number, image):
+    def of_image(variables, number, image):
         rngs = {"dropout": jax.random.fold_in(key, number)}
-        return model.clone(**fields).apply({"params": params}, image[None], deterministic=False, rngs=rngs)[0]
+        return model.clone(**fields).apply(variables, image[None], deterministic=False, rngs=rngs)[0]
 
     of_images = jax.vmap(of_image, (None, None, 0))
     of_samples = jax.vmap(of_images, (None, 0, None))
     numbers = first + jnp.arange(SAMPLES_AT_ONCE)
-    return _over_lanes(lambda params: of_samples(params, numbers, images), lanes)(params)
+    return _over_lanes(lambda variables: of_samples(variables, numbers, images), lanes)(variables)
 
 
-def _over_lanes(function: Callable[[Params], Any], lanes: int) -> Callable[[Params], Any]:
+def _over_lanes(function: Callable[[Any], Any], lanes: int) -> Callable[[Any], Any]:
     for _ in range(lanes):
         function = functools.partial(jax.lax.map, function)
     return function

@@ -15,12 +15,12 @@ import numpy as np
 import optax
 from jaxtyping import Array
 
-from fashion_jax import _checks, files
+from fashion_jax import _checks, _model_checks, files
 from fashion_jax.config import TrainConfig
 from fashion_jax.data import CLASS_NAMES
 from fashion_jax.model import FashionMLP
 from fashion_jax.steps import Number
-from fashion_jax.types import Params
+from fashion_jax.types import Best, Params, TrainState, variables
 
 FilePath = str | os.PathLike[str]
 
@@ -181,7 +181,11 @@ def load_safetensors(path: FilePath) -> Network:
 
 
 def export(
-    path: FilePath, params: Params, *, config: TrainConfig = TrainConfig(), image_shape: tuple[int, ...] = (28, 28)
+    path: FilePath,
+    trained: Params | TrainState | Best,
+    *,
+    config: TrainConfig = TrainConfig(),
+    image_shape: tuple[int, ...] = (28, 28),
 ) -> None:
     """Write a network as one StableHLO program for CPU and CUDA, whatever its model: images in, probabilities out.
 
@@ -189,7 +193,8 @@ def export(
     this package; JAX promises to read it for six months.
 
     Args:
-        path, params, config: As for `save_safetensors`.
+        path, config: As for `save_safetensors`.
+        trained: As for `predict`.
         image_shape: Shape of one image; the number of images stays open.
 
     Raises:
@@ -202,13 +207,14 @@ def export(
     >>> load_exported(path)(np.zeros((3, 28, 28), np.uint8)).shape
     (3, 10)
     """
-    if _checks.params(params, _checks.param_shapes(config.model, image_shape)):
+    found = variables(trained)
+    if _model_checks.variables(found, _model_checks.variable_shapes(config.model, image_shape)):
         raise ValueError("params must be those of one network; select it first, as by result.at(seed=0)")
 
     # One by one, for models that ask for the number of images.
     @jax.vmap
     def probabilities(image):
-        return jnp.exp(cast(Array, config.model.apply({"params": params}, image[None], deterministic=True)))[0]
+        return jnp.exp(cast(Array, config.model.apply(found, image[None], deterministic=True)))[0]
 
     images = jax.ShapeDtypeStruct((*jax.export.symbolic_shape("n"), *image_shape), jnp.uint8)
     program = jax.export.export(jax.jit(probabilities), platforms=("cpu", "cuda"))(images).serialize()

@@ -122,7 +122,7 @@ def _linear(x: Float[Array, "n inputs"], features: int, dtype: Any, name: str) -
     full = dtype is None and jax.default_matmul_precision.value is None
     layer = nn.Dense(
         features,
-        dtype=dtype,
+        dtype=dtype or jnp.result_type(float),
         param_dtype=jnp.result_type(float),
         precision=jax.lax.Precision.HIGHEST if full else None,
         kernel_init=init,

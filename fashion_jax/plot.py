@@ -60,7 +60,7 @@ def losses(
     for axes, (title, history) in zip(panels, arms.items(), strict=True):
         curves = _losses(f"arms[{title!r}]", history)
         seeds = max(seeds, len(curves[0]))
-        diverged = ~np.isfinite(curves).all(axis=(0, 2))
+        diverged = ~np.isfinite(curves[0]).all(axis=1)
         note = f" ({diverged.sum()} of {diverged.size} runs diverged)" if diverged.any() else ""
         drawn = curves if diverged.all() else curves[:, ~diverged]
         for label, curve in zip(_CURVES, drawn, strict=True):
@@ -203,7 +203,10 @@ def _losses(name: str, history: History) -> Float[np.ndarray, "3 seeds epochs"]:
 
 
 def _band(axes: "matplotlib.axes.Axes", runs: Float[np.ndarray, "seeds epochs"], style: dict[str, Any]) -> Any:
-    mean, epochs = runs.mean(axis=0), np.arange(1, runs.shape[1] + 1)
+    # Not every epoch ends with an evaluation.
+    evaluated = np.flatnonzero(~np.isnan(runs).all(axis=0))
+    runs, epochs = runs[:, evaluated], evaluated + 1
+    mean = runs.mean(axis=0)
     if len(runs) > 1:
         std = runs.std(axis=0, ddof=1)
         axes.fill_between(epochs, mean - std, mean + std, color=style["color"], alpha=0.25, linewidth=0)

@@ -73,12 +73,12 @@ def table(arms: Mapping[str, History]) -> str:
     """
     rows = [["arm", "epoch", "training loss (running)", "training loss (eval mode)", "validation loss", "accuracy"]]
     for title, history in arms.items():
-        history = _checks.history(f"arms[{title!r}]", history, "seeds", "epochs")
-        seeds, epochs = history.running_loss.shape
-        curves = (history.running_loss, history.train.loss, *history.validation)
+        _checks.history(f"arms[{title!r}]", history, "seeds", "epochs")
+        seeds, epochs = np.shape(history.running_loss)
+        curves = (history.running_loss, history.train.loss, history.validation.loss, history.validation.accuracy)
         for name, epoch in (("last", np.full(seeds, epochs)), ("best", summarize(history).best_epoch)):
             span = "-".join(map(str, sorted({int(epoch.min()), int(epoch.max())})))
-            figures = [mean_and_std(curve[np.arange(seeds), epoch - 1]) for curve in curves]
+            figures = [mean_and_std(np.asarray(curve)[np.arange(seeds), epoch - 1]) for curve in curves]
             rows.append([title, f"{name}: {span}", *figures])
     return markdown(rows)
 

@@ -3,14 +3,16 @@
 import functools
 from typing import Any, cast
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Key
 
-from fashion_jax import _checks
-from fashion_jax.config import TrainConfig, compose, compose_model, negative_log_likelihood
-from fashion_jax.types import Batch, Metrics, Params, TrainState
+from fashion_jax import _convolution, _model_checks
+from fashion_jax.config import TrainConfig, negative_log_likelihood
+from fashion_jax.hyperparameters import compose, compose_model
+from fashion_jax.types import Batch, Best, Metrics, Params, TrainState, variables
 
 Number = float | Float[Array, ""]
 
@@ -36,9 +38,9 @@ def init_state(
     """
     model, optimizer = compose(config, hyperparameters)
     init_key, _, _ = jax.random.split(key, 3)
-    variables: Any = model.init(init_key, jnp.zeros((1, *image_shape), jnp.uint8), deterministic=True)
-    params = variables["params"]
-    return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+    collections: Any = model.init(init_key, jnp.zeros((1, *image_shape), jnp.uint8), deterministic=True)
+    params = collections.pop("params")
+    return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32), collections)
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -49,7 +51,7 @@ def train_epoch(
     *,
     config: TrainConfig = TrainConfig(),
     **hyperparameters: Number,
-) -> tuple[TrainState, Float[Array, " steps"]]:
+) -> tuple[TrainState, Metrics]:
     """Train on every example once, in a new random order, as one program.
 
     Args:
@@ -60,26 +62,33 @@ def train_epoch(
         **hyperparameters: Traced.
 
     Returns:
-        The state ceil(n / batch_size) steps later, and each batch's loss.
+        The state ceil(n / batch_size) steps later, and each step's metrics, leaves [steps].
 
     >>> train = Batch(jnp.zeros((5, 28, 28), jnp.uint8), jnp.arange(5))
-    >>> state, losses = train_epoch(init_state(jax.random.key(0)), train, jax.random.key(0))
-    >>> int(state.step), losses.shape
+    >>> state, metrics = train_epoch(init_state(jax.random.key(0)), train, jax.random.key(0))
+    >>> int(state.step), metrics.loss.shape
     (1, (1,))
     """
-    n = len(train.labels)
-    epoch = state.step // -(-n // config.batch_size)
+    n, size = len(train.labels), min(config.batch_size, len(train.labels))
+    epoch = state.step // -(-n // size)
     order_key, dropout_key = (jax.random.fold_in(key, epoch) for key in jax.random.split(key, 3)[1:])
     # One sort; jax.random.permutation sorts twice to break ties.
-    indices, weights = _split(jnp.argsort(jax.random.bits(order_key, (n,))), n, config.batch_size)
+    order = jnp.argsort(jax.random.bits(order_key, (n,)))
+    keys = jax.random.split(dropout_key, -(-n // size))
+    # A short last batch is padded. Statistics of a batch must not see padding: there it is a step of its own.
+    scanned = n - n % size if state.collections else n
+    indices, weights = _split(order[:scanned], scanned, size)
 
     def step(state, inputs):
         indices, weights, key = inputs
         batch = jax.tree.map(lambda leaf: leaf[indices], train)
-        state, metrics = train_step(state, batch, key, config=config, weights=weights, **hyperparameters)
-        return state, metrics.loss
+        return train_step(state, batch, key, config=config, weights=weights, **hyperparameters)
 
-    return jax.lax.scan(step, state, (indices, weights, jax.random.split(dropout_key, len(indices))))
+    state, metrics = jax.lax.scan(step, state, (indices, weights, keys[: len(indices)]))
+    if scanned < n:
+        state, last = step(state, (order[scanned:], None, keys[-1]))
+        metrics = jax.tree.map(jnp.append, metrics, last)
+    return state, metrics
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -103,7 +112,8 @@ def train_step(
         **hyperparameters: Traced.
 
     Returns:
-        The next state, and the batch's training loss and accuracy under the old parameters.
+        The next state, and the batch's training loss and accuracy under the old parameters, with those of
+        `config.metrics` that measure a step.
 
     >>> batch = Batch(jnp.zeros((4, 28, 28), jnp.uint8), jnp.arange(4))
     >>> state, metrics = train_step(init_state(jax.random.key(0)), batch, jax.random.key(1), dropout_rate=0.2)
@@ -114,29 +124,42 @@ def train_step(
     images = batch.images if config.augment is None else config.augment(jax.random.fold_in(key, 1), batch.images)
 
     def loss_fn(params):
-        log_probs: Any = model.apply({"params": params}, images, deterministic=False, rngs={"dropout": key})
+        options: Any = {"deterministic": False, "rngs": {"dropout": key}, "mutable": list(state.collections)}
+        with nn.intercept_methods(_convolution.in_every_layer):
+            log_probs, collections = model.apply({"params": params, **state.collections}, images, **options)
         metrics = _average(config.loss(log_probs, batch.labels), log_probs, batch.labels, weights)
-        return metrics.loss, metrics
+        return metrics.loss, (metrics, collections)
 
-    (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params, value=loss)
-    return TrainState(cast(Params, optax.apply_updates(state.params, updates)), opt_state, state.step + 1), metrics
+    (loss, (metrics, collections)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+
+    def value(params, obj_fn=None):
+        return loss_fn(params)[0]
+
+    # What line searches and estimates of curvature ask for; the former insist that `value_fn` takes the rest.
+    asked = {"value": loss, "grad": grads, "value_fn": value, "obj_fn": value}
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params, **asked)
+    params = cast(Params, optax.apply_updates(state.params, updates))
+    measures = {
+        name: measure(grads=grads, updates=updates) for name, measure in config.metrics_of("grads", "updates").items()
+    }
+    return TrainState(params, opt_state, state.step + 1, collections), metrics._replace(others=measures)
 
 
 @functools.partial(jax.jit, static_argnames="config")
 def evaluate(
-    params: Params, batch: Batch, *, config: TrainConfig = TrainConfig(), **hyperparameters: Number
+    trained: Params | TrainState | Best, batch: Batch, *, config: TrainConfig = TrainConfig(), **hyperparameters: Number
 ) -> Metrics:
-    """Compute loss and accuracy on a data set of any size, dropout off, every example counted once.
+    """Compute loss, accuracy and `config.metrics` on a data set of any size, dropout off, every example counted once.
 
     Args:
-        params: The model's parameters; leaves may have lane axes in front, such as those of a `Sweep`.
-        batch: n examples, evaluated `config.eval_batch_size` at a time.
+        trained: The state or the best of a run, or its parameters alone, if the model has no other variables. Leaves
+            may have lane axes in front, such as those of a `Sweep`.
+        batch: n examples, of which the model sees `config.eval_batch_size` at a time.
         config: Static.
         **hyperparameters: Fields of the model that matter with dropout off too, traced; others have no effect.
 
     Returns:
-        Metrics with the lane axes of `params`.
+        Metrics with the lane axes of `trained`.
 
     >>> batch = Batch(jnp.zeros((5, 28, 28), jnp.uint8), jnp.arange(5))
     >>> params = init_state(jax.random.key(0)).params
@@ -147,23 +170,30 @@ def evaluate(
     n = len(batch.labels)
     chunks = _split(batch, n, config.eval_batch_size)
 
-    def evaluate_one(params):
-        def total(chunk):
+    def evaluate_one(variables):
+        def on_chunk(chunk):
             rows, weights = chunk
-            metrics = eval_step(params, rows, config=config, weights=weights, **hyperparameters)
-            return jax.tree.map(lambda mean: mean * weights.sum(), metrics)
+            log_probs = _log_probs(variables, rows.images, config, hyperparameters)
+            metrics = _average(negative_log_likelihood(log_probs, rows.labels), log_probs, rows.labels, weights)
+            return jax.tree.map(lambda mean: mean * weights.sum(), metrics), log_probs
 
-        return jax.tree.map(lambda totals: totals.sum() / n, jax.lax.map(total, chunks))
+        totals, log_probs = jax.lax.map(on_chunk, chunks)
+        log_probs = log_probs.reshape(-1, log_probs.shape[-1])[:n]
+        others = {
+            name: measure(log_probs=log_probs, labels=batch.labels)
+            for name, measure in config.metrics_of("log_probs", "labels").items()
+        }
+        return jax.tree.map(lambda total: total.sum() / n, totals)._replace(others=others)
 
-    over_lanes = evaluate_one
-    for _ in range(_checks.params(params, _checks.param_shapes(config.model, batch.images.shape[1:]))):
+    over_lanes, found = evaluate_one, variables(trained)
+    for _ in range(_model_checks.variables(found, _model_checks.variable_shapes(config.model, batch.images.shape[1:]))):
         over_lanes = functools.partial(jax.lax.map, over_lanes)
-    return over_lanes(params)
+    return over_lanes(found)
 
 
 @functools.partial(jax.jit, static_argnames="config")
 def eval_step(
-    params: Params,
+    trained: Params | TrainState | Best,
     batch: Batch,
     *,
     config: TrainConfig = TrainConfig(),
@@ -173,7 +203,7 @@ def eval_step(
     """Compute loss and accuracy on one batch, dropout off.
 
     Args:
-        params, config, hyperparameters: As for `evaluate`.
+        trained, config, hyperparameters: As for `evaluate`, without lane axes.
         batch: n examples.
         weights: As for `train_step`.
 
@@ -181,9 +211,12 @@ def eval_step(
     >>> eval_step(init_state(jax.random.key(0)).params, batch).loss.shape
     ()
     """
-    model = compose_model(config, hyperparameters)
-    log_probs: Any = model.apply({"params": params}, batch.images, deterministic=True)
+    log_probs = _log_probs(variables(trained), batch.images, config, hyperparameters)
     return _average(negative_log_likelihood(log_probs, batch.labels), log_probs, batch.labels, weights)
+
+
+def _log_probs(variables: Any, images: Any, config: TrainConfig, hyperparameters: Any) -> Any:
+    return compose_model(config, hyperparameters).apply(variables, images, deterministic=True)
 
 
 def _average(losses: Any, log_probs: Any, labels: Any, weights: Float[Array, " n"] | None) -> Metrics:

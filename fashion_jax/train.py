@@ -16,13 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key
 
-from fashion_jax import _checks
+from fashion_jax import _checks, _model_checks
 from fashion_jax.callbacks import Callback, EpochEnd
 from fashion_jax.checkpoint import Checkpoints, NoStore, Store, describe, identify
-from fashion_jax.config import TrainConfig, complete
+from fashion_jax.config import TrainConfig
 from fashion_jax.data import subset
 from fashion_jax.devices import Lanes
-from fashion_jax.model import FashionMLP
+from fashion_jax.hyperparameters import complete
 from fashion_jax.steps import eval_step, evaluate, init_state, train_epoch, train_step
 from fashion_jax.types import Batch, Best, History, Metrics, Run, Sweep, TrainState
 
@@ -177,7 +177,7 @@ def _train(
     callbacks = _checks.functions("callbacks", callbacks)
     train, validation = _checks.batch("train", train), _checks.batch("validation", validation)
     lanes = [(key, complete(config, numbers)) for key, numbers in lanes]
-    _checks.experiment(config, train, validation, lanes)
+    _model_checks.experiment(config, train, validation, lanes)
 
     size = config.train_eval_size or len(train.labels)
     train_eval = subset(train, size, key=jax.random.key(0)) if size < len(train.labels) else train
@@ -186,15 +186,16 @@ def _train(
     state = runs.map(_start)
     # Infinity comes from the host: what a program computes would end a run under jax_debug_infs.
     worst = np.full(len(lanes), np.inf, jnp.result_type(float))
-    carry = Carry(state, Best(state.params, *runs.place((worst, np.zeros(len(lanes), np.int32)))))
-    if not isinstance(config.model, FashionMLP):
-        _checks.log_probabilities(config.model, runs.fetch(state.params), train.images[:1])
+    never = runs.place((worst, np.zeros(len(lanes), np.int32)))
+    carry = Carry(state, Best(state.params, *never, state.collections))
+    _model_checks.initial(config, state, train.images[:1], runs.fetch)
     if start is not None:
-        carry = runs.place(_started(start, runs.fetch(carry)))
+        carry = runs.place(_model_checks.start(start, runs.fetch(carry)))
     numbers = lanes[0][1] | axes
     store: Any = NoStore()
     if checkpoint is not None:
-        identity = identify(lanes, numbers, data, start, program=runs.digest(_epoch, carry))
+        program = runs.digest(_epoch, carry, (np.int32(0), np.True_))
+        identity = identify(lanes, numbers, data, start, program=program)
         store = Store(checkpoint, identity=identity, hints=describe(config), writes=runs.writes)
     with store:
         run = _run_epochs(runs, carry, store, epochs, callbacks, axes, numbers)
@@ -210,7 +211,7 @@ def _run_epochs(runs: Lanes, carry: Carry, store: Any, epochs: int, callbacks, a
         return Run(state, history, best)
 
     def save(*, last: bool = False) -> None:
-        losses = np.nanmean(progress[1].validation.loss, axis=0)
+        losses = np.ma.masked_invalid(progress[1].validation.loss).mean(axis=0).filled(np.inf)
         store.save(len(losses), so_far, best=1 + int(np.argmin(losses)), last=last)
 
     def report(epoch: int) -> bool:
@@ -224,7 +225,9 @@ def _run_epochs(runs: Lanes, carry: Carry, store: Any, epochs: int, callbacks, a
 
     fixed = {name: value for name, value in numbers.items() if name not in axes}
     none = np.empty((runs.count, 0), jnp.result_type(float))
-    saved, run = store.restore(Run(carry.state, History(none, Metrics(none, none), Metrics(none, none)), carry.best))
+    evaluations = Metrics(none, none, dict.fromkeys(runs.config.metrics_of("log_probs", "labels"), none))
+    steps = dict.fromkeys(runs.config.metrics_of("grads", "updates"), none)
+    saved, run = store.restore(Run(carry.state, History(none, evaluations, evaluations, steps), carry.best))
     # One name for both, so that a Ctrl-C at any moment finds them from the same epoch.
     progress = (runs.place(Carry(run.state, run.best)) if saved else carry, run.history)
     if saved > epochs:
@@ -233,13 +236,18 @@ def _run_epochs(runs: Lanes, carry: Carry, store: Any, epochs: int, callbacks, a
         logger.info("resuming after epoch %d of %d", saved, epochs)
     try:
         # The callback that ended a run ends it again.
-        epoch, ended = saved, 0 < saved < epochs and report(saved)
+        epoch, ended, moved = saved, 0 < saved < epochs and report(saved), np.False_
         while epoch < epochs and not ended:
             epoch += 1
-            carry, row = runs.map(_epoch, progress[0], np.int32(epoch))
-            history = jax.tree.map(lambda so_far, new: np.c_[so_far, new], progress[1], runs.fetch(row))
-            _checks.finite_epoch(history, axes)
-            progress = (carry, history)
+            evaluated = np.bool_(epoch % runs.config.evaluate_every == 0 or epoch == epochs)
+            carry, *measured = runs.map(_epoch, progress[0], (np.int32(epoch), evaluated))
+            row, moves = runs.fetch(measured)
+            if not evaluated:
+                missing = jax.tree.map(lambda leaf: np.full_like(leaf, np.nan), (row.train, row.validation))
+                row = History(row.running_loss, *missing, row.steps)
+            history = jax.tree.map(lambda so_far, new: np.c_[so_far, new], progress[1], row)
+            _checks.epoch(history, axes, stopped=moved & ~moves)
+            progress, moved = (carry, history), moves
             ended = report(epoch)
             save()
     except KeyboardInterrupt:
@@ -251,37 +259,40 @@ def _run_epochs(runs: Lanes, carry: Carry, store: Any, epochs: int, callbacks, a
     return so_far()
 
 
-def _start(key, numbers, carry: None, epoch, data: Data, *, config: TrainConfig) -> TrainState:
+def _start(key, numbers, carry: None, turn: None, data: Data, *, config: TrainConfig) -> TrainState:
     """Initialize one run."""
     return init_state(key, config=config, image_shape=data.train.images.shape[1:], **numbers)
 
 
-def _epoch(key, numbers, carry: Carry, epoch, data: Data, *, config: TrainConfig) -> tuple[Carry, History]:
-    """Train one run for one epoch and evaluate it; a run whose losses are not finite stays where it was."""
-    state, losses = train_epoch(carry.state, data.train, key, config=config, **numbers)
-    params = state.params if config.eval_params is None else config.eval_params(state.opt_state, state.params)
-    measure = functools.partial(evaluate, params, config=config, **numbers)
-    on_train, on_validation = measure(data.train_eval), measure(data.validation)
-    history = History(losses.mean(), on_train, on_validation)
+def _epoch(key, numbers, carry: Carry, turn, data: Data, *, config: TrainConfig) -> tuple[Carry, History, Any]:
+    """Train one run for one epoch and evaluate it, if it is time; return also whether its parameters have changed.
 
-    finite = jnp.isfinite(losses.mean() + on_train.loss + on_validation.loss)
-    better = finite & (on_validation.loss < carry.best.loss)
+    A run whose losses are not finite stays where it was.
+    """
+    epoch, evaluated = turn
+    state, steps = train_epoch(carry.state, data.train, key, config=config, **numbers)
+    params = state.params if config.eval_params is None else config.eval_params(state.opt_state, state.params)
+    candidate = Best(params, carry.best.loss, epoch, state.collections)
+
+    def measure():
+        of_candidate = functools.partial(evaluate, candidate, config=config, **numbers)
+        return of_candidate(data.train_eval), of_candidate(data.validation)
+
+    if config.evaluate_every == 1:
+        on_train, on_validation = measure()
+    else:
+        nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(measure))
+        on_train, on_validation = jax.lax.cond(evaluated, measure, lambda: nothing)
+    loss, *_, others = jax.tree.map(jnp.mean, steps)
+    finite = jnp.isfinite(loss + on_train.loss + on_validation.loss)
+    better = finite & evaluated & (on_validation.loss < carry.best.loss)
     # Conditions on whole trees: a select for each leaf takes longer to compile.
     state = jax.lax.cond(finite, lambda: state, lambda: carry.state)
-    best = jax.lax.cond(better, lambda: Best(params, on_validation.loss, epoch), lambda: carry.best)
-    return Carry(state, best), jax.tree.map(lambda leaf: jnp.where(finite, leaf, jnp.nan), history)
-
-
-def _started(start: TrainState | Best, fresh: Carry) -> Carry:
-    """Replace the initial state of a single run."""
-    if not isinstance(start, (TrainState, Best)):
-        raise TypeError(f"start must be a TrainState or a Best, such as run.best, got {type(start).__name__}")
-    one: Any = jax.tree.map(lambda leaf: np.asarray(leaf)[None], start)
-    state = one if isinstance(start, TrainState) else fresh.state._replace(params=one.params)
-    _checks.params(state.params, fresh.state.params)
-    if jax.tree.map(np.shape, state) != jax.tree.map(np.shape, fresh.state):
-        raise ValueError("start does not fit the config: its optimizer state is another optimizer's")
-    return Carry(state, fresh.best._replace(params=state.params))
+    best = jax.lax.cond(better, lambda: candidate._replace(loss=on_validation.loss), lambda: carry.best)
+    history = History(loss, on_train, on_validation, others)
+    moved = jax.tree.map(lambda new, old: jnp.any(new != old), state.params, carry.state.params)
+    history = jax.tree.map(lambda leaf: jnp.where(finite, leaf, jnp.nan), history)
+    return Carry(state, best), history, jnp.any(jnp.array(jax.tree.leaves(moved)))
 
 
 def _reshape(tree: Any, axes: Mapping[str, Sequence[Any]]) -> Any:

@@ -41,10 +41,11 @@ class Splits(NamedTuple):
 
 
 class Metrics(NamedTuple):
-    """Mean negative log likelihood in nats, and the fraction of examples classified correctly."""
+    """Mean negative log likelihood in nats, fraction of examples classified correctly, and `TrainConfig.metrics`."""
 
     loss: Float[Array | np.ndarray, "*axes"]
     accuracy: Float[Array | np.ndarray, "*axes"]
+    others: Mapping[str, Float[Array | np.ndarray, "*axes"]] = {}
 
 
 class History(NamedTuple):
@@ -52,16 +53,19 @@ class History(NamedTuple):
 
     Attributes:
         running_loss: Mean of the batch losses while training, dropout on: the tutorial's training curve.
-        train: Metrics on a fixed part of the training set after the epoch, dropout off.
+        train: Metrics on a fixed part of the training set after the epoch, dropout off. NaN after an epoch that
+            `TrainConfig.evaluate_every` leaves out.
         validation: The same on the validation set.
+        steps: Means over the epoch's steps of those `TrainConfig.metrics` that measure a step.
     """
 
     running_loss: Float[Array | np.ndarray, "*axes"]
     train: Metrics
     validation: Metrics
+    steps: Mapping[str, Float[Array | np.ndarray, "*axes"]] = {}
 
     def curves(self) -> dict[str, Any]:
-        """Return the five curves by name, as in tables, logs and data frames.
+        """Return all curves by name, as in tables, logs and data frames.
 
         >>> list(History(0.1, Metrics(0.2, 0.9), Metrics(0.3, 0.8)).curves())
         ['running_loss', 'train_loss', 'train_accuracy', 'validation_loss', 'validation_accuracy']
@@ -72,6 +76,9 @@ class History(NamedTuple):
             "train_accuracy": self.train.accuracy,
             "validation_loss": self.validation.loss,
             "validation_accuracy": self.validation.accuracy,
+            **{f"train_{name}": curve for name, curve in self.train.others.items()},
+            **{f"validation_{name}": curve for name, curve in self.validation.others.items()},
+            **self.steps,
         }
 
     def __repr__(self) -> str:
@@ -85,11 +92,13 @@ class TrainState(NamedTuple):
         params: The model's parameters, such as {"fc1": {"kernel": [in, out], "bias": [out]}, ...}.
         opt_state: The optimizer's state.
         step: Number of steps taken.
+        collections: The model's other variables, such as {"batch_stats": ...}; most models have none.
     """
 
     params: Params
     opt_state: Any
     step: Int[Array | np.ndarray, "*lanes"]
+    collections: Mapping[str, Any] = {}
 
     def __repr__(self) -> str:
         size = sum(map(np.size, jax.tree.leaves(self.params)))
@@ -103,11 +112,13 @@ class Best(NamedTuple):
         params: The model's parameters.
         loss: Validation loss, in nats; infinite before the first epoch.
         epoch: The epoch, from 1; 0 before the first.
+        collections: The model's other variables at that time.
     """
 
     params: Params
     loss: Float[Array | np.ndarray, "*lanes"]
     epoch: Int[Array | np.ndarray, "*lanes"]
+    collections: Mapping[str, Any] = {}
 
     def __repr__(self) -> str:
         where = list(np.shape(self.loss)) or f"epoch {self.epoch}"
@@ -196,6 +207,17 @@ class Sweep:
     def __repr__(self) -> str:
         axes = ", ".join(f"{name}={reprlib.repr(values)}" for name, values in self.axes.items())
         return f"Sweep({axes},\n  {self.history!r})"
+
+
+def variables(trained: Params | TrainState | Best) -> dict[str, Any]:
+    """Return the Flax variables of a state, of the best of a run, or of parameters alone.
+
+    >>> variables(Best({"fc1": 1}, 0.5, 3, {"batch_stats": 2}))
+    {'params': {'fc1': 1}, 'batch_stats': 2}
+    """
+    if isinstance(trained, (TrainState, Best)):
+        return {"params": trained.params, **trained.collections}
+    return {"params": trained}
 
 
 def _shape(array: Any) -> str:

@@ -9,7 +9,8 @@ import numpy as np
 import optax
 import pytest
 
-from fashion_jax.config import TrainConfig, complete, compose
+from fashion_jax.config import TrainConfig
+from fashion_jax.hyperparameters import complete, compose
 from fashion_jax.model import Dropout, FashionMLP, normalize
 from fashion_jax.steps import evaluate, init_state, train_epoch, train_step
 from fashion_jax.types import Batch

@@ -1,0 +1,171 @@
+"""What an epoch reports beyond the five curves, how often it is evaluated, and which optimizers train."""
+
+import contextlib
+import inspect
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from sweep_worker import equal, parts
+
+from fashion_jax import FashionMLP, JsonLines, TrainConfig, fit, judge, predict, sweep
+from fashion_jax.callbacks import Progress, read_json_lines
+from fashion_jax.evidence import summarize
+from fashion_jax.plot import losses
+from fashion_jax.report import table
+from fashion_jax.train import init_state, train_epoch, train_step
+from fashion_jax.types import Batch
+
+KEY = jax.random.key(4)
+MODEL = FashionMLP(hidden=(16,))
+OPTIONS = {"key": KEY, "learning_rate": 0.01}
+
+
+def confidence(log_probs, labels):
+    return jnp.exp(log_probs.max(axis=1)).mean() + 0 * labels[0]
+
+
+def grad_norm(grads, updates):
+    return optax.tree.norm(grads) + 0 * optax.tree.norm(updates)
+
+
+MEASURED = TrainConfig(model=MODEL, metrics={"confidence": confidence, "grad_norm": grad_norm}, eval_batch_size=70)
+
+
+@pytest.fixture(scope="module")
+def data(small, splits):
+    return parts(small, splits)
+
+
+def test_metrics_of_one_s_own_arrive_in_the_history_with_its_axes(data, tmp_path):
+    result = sweep(
+        *data,
+        seeds=(4, 5),
+        config=MEASURED,
+        epochs=2,
+        learning_rate=(0.01, 0.02),
+        callbacks=[JsonLines(tmp_path / "log")],
+    )
+    curves = result.history.curves()
+    assert list(curves)[5:] == ["train_confidence", "validation_confidence", "grad_norm"]
+    assert {curve.shape for curve in curves.values()} == {(2, 2, 2)}
+    run = result.at(learning_rate=0.01, seed=4)
+    equal(fit(*data, config=MEASURED, epochs=2, **OPTIONS), run)
+    # Of all examples at once, whatever the chunks.
+    sure = predict(run.state.params, data[1].images, config=MEASURED).max(axis=1).mean()
+    np.testing.assert_allclose(run.history.validation.others["confidence"][-1], sure, rtol=1e-5)
+    assert read_json_lines(tmp_path / "log")[-1]["grad_norm"] == curves["grad_norm"][1, 1, 1]
+    assert result.to_xarray()["train_confidence"].dims == ("learning_rate", "seed", "epoch")
+    # Plain gradient descent changes the parameters by the gradient times the learning rate.
+    config = TrainConfig(model=MODEL, optimizer=optax.sgd, metrics=MEASURED.metrics, batch_size=200)
+    before = fit(*data, config=config, epochs=1, **OPTIONS)
+    train = jax.tree.map(jnp.array, data[0])
+    after, steps = train_epoch(jax.tree.map(jnp.array, before.state), train, KEY, config=config, learning_rate=0.01)
+    moved = jax.tree.map(jnp.subtract, after.params, before.state.params)
+    np.testing.assert_allclose(steps.others["grad_norm"], [optax.tree.norm(moved) / 0.01], rtol=1e-3)
+
+
+def test_an_evaluation_left_out_changes_nothing_but_the_history(data, tmp_path, capfd):
+    often = fit(*data, config=TrainConfig(model=MODEL), epochs=7, **OPTIONS)
+    config, options = TrainConfig(model=MODEL, evaluate_every=3), OPTIONS | {"checkpoint": tmp_path}
+    fit(*data, config=config, epochs=4, **options)
+    seldom = fit(*data, config=config, epochs=7, callbacks=[Progress()], **options)
+    equal(often._replace(history=0, best=0), seldom._replace(history=0, best=0))
+    evaluated = ~np.isnan(seldom.history.validation.loss)
+    # The first call ended with the fourth epoch.
+    assert (np.flatnonzero(evaluated) + 1).tolist() == [3, 4, 6, 7]
+    np.testing.assert_array_equal(seldom.history.running_loss, often.history.running_loss)
+    for name, curve in seldom.history.curves().items():
+        np.testing.assert_array_equal(curve[evaluated], often.history.curves()[name][evaluated])
+    best = 1 + int(np.nanargmin(seldom.history.validation.loss))
+    assert summarize(seldom.history).best_epoch == seldom.best.epoch == best
+    assert "epoch 5/7: training loss (running) " in capfd.readouterr().err
+    # Evidence, tables and pictures take the epochs that there are.
+    arm = jax.tree.map(lambda leaf: leaf[None], seldom.history)
+    assert f"last: 7 | {often.history.running_loss[-1]:.4f}" in table({"arm": arm})
+    assert judge(arm, arm)[0].interval.mean == pytest.approx(
+        seldom.history.validation.loss[-1] - np.nanmin(seldom.history.validation.loss), abs=0.1
+    )
+    assert losses({"arm": arm}).axes[0].lines[1].get_xdata().tolist() == [3, 4, 6, 7]
+
+
+@pytest.mark.parametrize(
+    ("metrics", "error", "message"),
+    [
+        ({"ece": lambda a, b: 0.0}, TypeError, r"metrics\['ece'\] must be a function of log_probs and labels, or of"),
+        ({"loss": confidence}, TypeError, r"metrics\['loss'\] must .* not be called loss"),
+        ({"all": lambda log_probs, labels: log_probs}, ValueError, r"metrics\['all'\] must return a number, got shape"),
+        (3, TypeError, "metrics must be a dictionary of functions, got 3"),
+    ],
+)
+@pytest.mark.usefixtures("unchecked")
+def test_metrics_that_cannot_be_are_named(data, metrics, error, message):
+    with pytest.raises(error, match=message):
+        fit(*data, config=TrainConfig(model=MODEL, metrics=metrics), epochs=1, **OPTIONS)
+
+
+def test_an_average_that_the_optimizer_keeps_is_evaluated(data):
+    optimizer, average = optax.contrib.schedule_free_adamw, optax.contrib.schedule_free_eval_params
+    with pytest.raises(ValueError, match=r"pass eval_params=optax\.contrib\.schedule_free_eval_params"):
+        fit(*data, config=TrainConfig(model=MODEL, optimizer=optimizer), epochs=1, **OPTIONS)
+    config = TrainConfig(model=MODEL, optimizer=optimizer, eval_params=average)
+    run = fit(*data, config=config, epochs=2, **OPTIONS)
+    params = average(run.state.opt_state, run.state.params)
+    right = predict(params, data[1].images, config=config).argmax(axis=1) == data[1].labels
+    assert run.history.validation.accuracy[-1] == pytest.approx(right.mean())
+
+
+def test_a_schedule_that_has_ended_is_told(data):
+    def optimizer(learning_rate):
+        return optax.sgd(optax.cosine_decay_schedule(learning_rate, 8))
+
+    config = TrainConfig(model=MODEL, optimizer=optimizer)
+    fit(*data, config=config, epochs=2, **OPTIONS)
+    with pytest.warns(UserWarning, match="no step of epoch 3 changed the parameters: has a schedule ended"):
+        fit(*data, config=config, epochs=4, **OPTIONS)
+
+
+def factories():
+    """Every function of optax that makes an optimizer of a learning rate."""
+    for module in (optax, optax.contrib):
+        for name, value in vars(module).items():
+            if inspect.isfunction(value) and "learning_rate" in inspect.signature(value).parameters:
+                yield pytest.param(value, id=name)
+
+
+@pytest.mark.parametrize("factory", list(factories()))
+def test_every_optimizer_of_optax_trains_or_says_why_not(splits, factory):
+    small = jax.tree.map(jnp.array, Batch(splits.train.images[:32, 8:20:3, 8:20:3], splits.train.labels[:32]))
+    config, losses = TrainConfig(model=FashionMLP(hidden=()), optimizer=factory), []
+    refused = {"schedule_free": "needs base_optimizer", "dpsgd": "needs l2_norm_clip, noise_multiplier, seed"}
+    with warnings.catch_warnings(action="ignore"), contextlib.ExitStack() as stack:
+        if message := refused.get(factory.__name__.removeprefix("_deprecated_")):
+            stack.enter_context(pytest.raises(TypeError, match=message))
+        state = init_state(KEY, config=config, image_shape=(4, 4))
+        for _ in range(6):
+            state, metrics = train_step(state, small, KEY, config=config, learning_rate=0.01)
+            losses.append(float(metrics.loss))
+        # One finds its learning rate first, the other is the part of an optimizer that does not turn the sign.
+        assert losses[-1] < losses[0] or (factory.__name__ in {"dog", "scale_by_rprop"} and np.isfinite(losses).all())
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        lambda learning_rate: optax.contrib.sam(optax.adam(learning_rate), optax.sgd(0.05)),
+        lambda learning_rate: optax.chain(optax.clip_by_global_norm(1.0), optax.adam(learning_rate)),
+        lambda learning_rate: optax.apply_if_finite(optax.adam(learning_rate), 3),
+        lambda learning_rate: optax.chain(optax.adam(learning_rate), optax.contrib.reduce_on_plateau()),
+        lambda learning_rate: optax.partition(
+            {"slow": optax.sgd(learning_rate), "fast": optax.adam(learning_rate)},
+            lambda params: {layer: "fast" if layer == "fc1" else "slow" for layer in params},
+        ),
+    ],
+    ids=["sam", "clip", "apply_if_finite", "reduce_on_plateau", "partition"],
+)
+def test_optimizers_of_several_parts_train(data, optimizer):
+    run = fit(*data, config=TrainConfig(model=MODEL, optimizer=optimizer), epochs=4, **OPTIONS)
+    assert run.history.train.loss[-1] < run.history.train.loss[0]
