@@ -15,7 +15,7 @@ from unittest import mock
 import numpy as np
 
 from benchmarks import harness
-from fashion_jax import checkpoint, data, files, sources
+from fashion_jax import catalog, checkpoint, data, files, sources
 
 
 class Target(NamedTuple):
@@ -86,16 +86,17 @@ def idx_bytes(array) -> bytes:
 def small_set(*, compressed: bool) -> Iterator[Target]:
     """Let `load` take a random data set of 20 images for the published one, and hide all others."""
     rng = np.random.default_rng(0)
-    shapes = {name: (256, (20, 28, 28)) if "images" in name else (10, (20,)) for name in sources.DIGESTS}
+    shapes = {name: (256, (20, 28, 28)) if "images" in name else (10, (20,)) for name in catalog.FILES}
     contents = {name: idx_bytes(rng.integers(high, size=shape)) for name, (high, shape) in shapes.items()}
 
     def load(directory: Path) -> bool:
-        train, test = data.load(directory, source="idx")
+        train, test = data.load(data_dir=directory, source="idx")
         return list(map(idx_bytes, (*train, *test))) == list(contents.values())
 
     digests = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
     stored = {f"{name}.gz": gzip.compress(content) for name, content in contents.items()} if compressed else contents
-    with tempfile.TemporaryDirectory() as nowhere, mock.patch.dict(sources.DIGESTS, digests):
+    published = catalog.DATA_SETS["fashion_mnist"].digests
+    with tempfile.TemporaryDirectory() as nowhere, mock.patch.dict(published, digests):
         places = {"XDG_CACHE_HOME": nowhere, "TFDS_DATA_DIR": nowhere}
         with mock.patch.dict(os.environ, places), mock.patch.object(sources, "DEBIAN_DIR", Path(nowhere)):
             yield Target(stored, load)

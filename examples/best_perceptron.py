@@ -56,7 +56,7 @@ def train(flags: Flags, title: str, structure: str, images: Batch, validation: B
 
 def main(flags: Flags) -> None:
     use_all_cores()
-    images, test = load(flags.data_dir)
+    images, test = load(data_dir=flags.data_dir)
     with flag("--train-size"):
         images = subset(images, flags.train_size, key=jax.random.key(0))
         part, held_out = hold_out(images, 1 / 6, key=jax.random.key(0))

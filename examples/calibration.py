@@ -31,7 +31,7 @@ class Flags:
 
 def main(flags: Flags) -> None:
     use_all_cores()
-    train, test = load(flags.data_dir)
+    train, test = load(data_dir=flags.data_dir)
     with flag("--train-size"):
         train = subset(train, flags.train_size, key=jax.random.key(0))
     how: Any = {"epochs": flags.epochs, "callbacks": [Progress()], "checkpoint": flags.checkpoint}

@@ -49,7 +49,7 @@ def main(flags: Flags) -> int:
     rows = [["file", "class", "probability", "next", "probability", "entropy (nats)", "less certain than"]]
     probabilities = predict(network.params, pixels, config=network.config)
     # What is no piece of clothing gets a class too, often with less certainty than the data set's own images.
-    usual = entropy(predict(network.params, load(flags.data_dir).test.images, config=network.config))
+    usual = entropy(predict(network.params, load(data_dir=flags.data_dir).test.images, config=network.config))
     ranks = (usual < entropy(probabilities)[:, None]).mean(axis=1)
     spread = information = None
     if flags.samples:
@@ -73,7 +73,7 @@ def main(flags: Flags) -> int:
 
 
 def train(flags: Flags) -> None:
-    train, test = load(flags.data_dir)
+    train, test = load(data_dir=flags.data_dir)
     options = {"epochs": flags.epochs, "checkpoint": flags.checkpoint, "callbacks": [Progress()]}
     run = fit(train, test, key=jax.random.key(flags.seed), dropout_rate=flags.rate, **options)
     exit_if_interrupted(run.history, flags.epochs)

@@ -41,7 +41,7 @@ def main(flags: Flags) -> None:
     devices.use_all_cores()
     if flags.coordinator or flags.processes or flags.process:
         devices.join_machines(flags.coordinator, flags.processes, flags.process)
-    train, validation = splits = load(flags.data_dir)
+    train, validation = splits = load(data_dir=flags.data_dir)
     with flag("--holdout, --train-size"):
         if flags.holdout:
             train, validation = hold_out(train, flags.holdout, key=jax.random.key(0))

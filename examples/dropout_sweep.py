@@ -27,7 +27,7 @@ class Flags:
 
 def main(flags: Flags) -> None:
     use_all_cores()
-    train, test = load(flags.data_dir)
+    train, test = load(data_dir=flags.data_dir)
     train, validation = hold_out(train, 1 / 6, key=jax.random.key(0))
     with flag("--sizes"):
         parts = {size: subset(train, size, key=jax.random.key(0)) for size in sorted(flags.sizes)}

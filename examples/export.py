@@ -28,7 +28,7 @@ def main(flags: Flags) -> None:
         config = TrainConfig(model=interop.model_for(params))
     else:
         params, config, _ = interop.load_safetensors(flags.model)
-    images, labels = load(flags.data_dir).test
+    images, labels = load(data_dir=flags.data_dir).test
     pth, safetensors, stablehlo, onnx = (
         flags.output / f"network.{suffix}" for suffix in ("pth", "safetensors", "stablehlo", "onnx")
     )

@@ -45,7 +45,7 @@ class Flags:
 
 def main(flags: Flags) -> None:
     use_all_cores()
-    train, test = load(flags.data_dir)
+    train, test = load(data_dir=flags.data_dir)
     train, validation = hold_out(train, 1 / 6, key=jax.random.key(0))
     augment = functools.partial(shift_and_flip, pixels=1) if flags.augment else None
     figure, tables, tested = Figure(figsize=(11, 2.6 * len(flags.sets)), layout="constrained"), {}, {}

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from fashion_jax.checkpoint import Checkpoints as Checkpoints
     from fashion_jax.config import TrainConfig as TrainConfig
     from fashion_jax.data import CLASS_NAMES as CLASS_NAMES
+    from fashion_jax.data import DATA_SETS as DATA_SETS
     from fashion_jax.data import hold_out as hold_out
     from fashion_jax.data import load as load
     from fashion_jax.data import subset as subset
@@ -54,7 +55,7 @@ _MODULES = {
     "callbacks": ("EarlyStopping", "JsonLines", "Progress"),
     "checkpoint": ("Checkpoints",),
     "config": ("TrainConfig",),
-    "data": ("CLASS_NAMES", "hold_out", "load", "subset"),
+    "data": ("CLASS_NAMES", "DATA_SETS", "hold_out", "load", "subset"),
     "devices": ("use_all_cores",),
     "evidence": ("judge",),
     "images": ("read_image",),

@@ -1,4 +1,4 @@
-"""Fashion-MNIST as NumPy arrays, and random parts of a data set; `python -m fashion_jax.data` fetches it."""
+"""Data sets as NumPy arrays, and random parts of them; `python -m fashion_jax.data` fetches one."""
 
 import argparse
 import logging
@@ -10,24 +10,30 @@ import numpy as np
 from jaxtyping import Array, Key
 
 from fashion_jax import _checks, sources
+from fashion_jax.catalog import DATA_SETS, FILES
 from fashion_jax.types import Batch, Splits
 
-CLASS_NAMES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
+CLASS_NAMES: tuple[str, ...] = DATA_SETS["fashion_mnist"].class_names
 SOURCES = ("auto", "idx", "tfds", "download")
 
 _log = logging.getLogger("fashion_jax.data")  # `python -m` calls this module __main__.
 
 
-def load(data_dir: str | os.PathLike[str] | None = None, *, source: str = "auto") -> Splits:
-    """Load Fashion-MNIST from the first source that has it, verified, in the published order.
+def load(
+    name: str = "fashion_mnist", *, data_dir: str | os.PathLike[str] | None = None, source: str = "auto"
+) -> Splits:
+    """Load a data set from the first source that has it, verified, in the published order.
 
-    - "idx": the four IDX files, gzipped or not, in `data_dir` (also as torchvision and Kaggle lay them out), in the
-      user's cache, or where Debian's package dataset-fashion-mnist puts them.
+    - "idx": the four IDX files, gzipped or not, in `data_dir` (also as torchvision and Kaggle lay them out, or in a
+      directory `name` inside), in the user's cache, or where Debian's package dataset-fashion-mnist puts them.
     - "tfds": a data set prepared by TFDS as array_record, in `data_dir`, $TFDS_DATA_DIR or ~/tensorflow_datasets.
     - "download": the files are fetched into the cache, and prepared as a TFDS data set without TensorFlow.
     - "auto": the first of these that has the data.
 
+    Of KMNIST's training images only the gzipped file has a known digest: an uncompressed copy is checked by its shape.
+
     Args:
+        name: "fashion_mnist", "mnist" or "kmnist"; `DATA_SETS[name]` has its class names.
         data_dir: Directory to look in first; by default the one in $FASHION_JAX_DATA, if set.
         source: One of `SOURCES`.
 
@@ -35,24 +41,30 @@ def load(data_dir: str | os.PathLike[str] | None = None, *, source: str = "auto"
         60,000 training and 10,000 test examples, as read-only NumPy arrays.
 
     Raises:
-        ValueError: A file in `data_dir` does not hold what was published, or `source` is unknown.
+        TypeError: `name` is not a string.
+        ValueError: A file in `data_dir` does not hold what was published, or `name` or `source` is unknown.
         OSError: `data_dir` does not exist or lacks one of the four files, or no source has the data.
 
     >>> train, test = load()
     >>> train.images.shape, test.labels.shape
     ((60000, 28, 28), (10000,))
     """
+    if not isinstance(name, str) or name not in DATA_SETS:
+        error = ValueError if isinstance(name, str) else TypeError
+        names = ", ".join(DATA_SETS)
+        raise error(f"name must be one of {names}, got {_checks.got(name)}; pass a directory as data_dir=")
     if source not in SOURCES:
         raise ValueError(f"source must be one of {', '.join(SOURCES)}; got {source!r}")
+    data_set = DATA_SETS[name]
     named = data_dir or os.environ.get("FASHION_JAX_DATA")
     named = _checks.path("data_dir", named) if named else None
     if named and not named.is_dir() and source != "download":
         raise FileNotFoundError(f"data_dir, or $FASHION_JAX_DATA, is not a directory: {named}")
     looked = []
-    for read, place in sources.candidates(source, named):
+    for read, place in sources.candidates(data_set, source, named):
         try:
             if splits := read(place):
-                _log.info("Fashion-MNIST from %s", place)
+                _log.info("%s from %s", data_set.title, place)
                 return splits
         except (OSError, ValueError) as error:
             if place == named:
@@ -61,12 +73,13 @@ def load(data_dir: str | os.PathLike[str] | None = None, *, source: str = "auto"
         looked.append(f"{place} (which holds {sources.contents(place)})" if place == named else str(place))
     try:
         if source in ("auto", "download"):
-            return sources.download(named)
+            return sources.download(data_set, named)
     except ConnectionError as error:
         looked.append(str(error))
+    debian = ", or install Debian's package dataset-fashion-mnist" if name == "fashion_mnist" else ""
     raise FileNotFoundError(
-        f"no Fashion-MNIST in {', '.join(dict.fromkeys(looked))}; put {', '.join(sources.DIGESTS)} into a directory "
-        "and name it by data_dir or $FASHION_JAX_DATA, or install Debian's package dataset-fashion-mnist"
+        f"no {data_set.title} in {', '.join(dict.fromkeys(looked))}; put {', '.join(FILES)} into a directory "
+        f"and name it by data_dir or $FASHION_JAX_DATA{debian}"
     )
 
 
@@ -119,20 +132,22 @@ def subset(batch: Batch, size: int, *, key: Key[Array, ""]) -> Batch:
 
 def main(argv: list[str] | None = None) -> int:
     """Fetch the data set, describe it, and return the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m fashion_jax.data", description="Fetch and describe Fashion-MNIST.")
+    parser = argparse.ArgumentParser(prog="python -m fashion_jax.data", description="Fetch a data set and describe it.")
+    parser.add_argument("--name", choices=DATA_SETS, default="fashion_mnist", help="data set (default: fashion_mnist)")
     parser.add_argument("--data-dir", help="directory to look in first (default: $FASHION_JAX_DATA, if set)")
     parser.add_argument("--source", choices=SOURCES, default="auto", help="where to take it from (default: auto)")
     options = parser.parse_args(argv)
     logging.basicConfig(format="%(message)s")
     logging.getLogger("fashion_jax").setLevel(logging.INFO)
     try:
-        train, test = load(options.data_dir, source=options.source)
+        train, test = load(options.name, data_dir=options.data_dir, source=options.source)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
-    print(f"Fashion-MNIST as published: {len(train.labels):,} training images and {len(test.labels):,} test images")
+    title = DATA_SETS[options.name].title
+    print(f"{title}: {len(train.labels):,} training images and {len(test.labels):,} test images")
     return 0
 
 

@@ -17,10 +17,11 @@ import pytest
 from sweep_worker import same
 
 from fashion_jax import data, sources
+from fashion_jax.catalog import DATA_SETS, FILES
+from fashion_jax.train import fit
 from fashion_jax.types import Batch, Splits
 
 KEY = jax.random.key(0)
-NAMES = tuple(sources.DIGESTS)
 CACHE = ".cache/fashion_jax"
 TFDS = "tensorflow_datasets"
 
@@ -30,7 +31,7 @@ def idx_bytes(array) -> bytes:
 
 
 def published(splits) -> dict[str, bytes]:
-    return dict(zip(NAMES, map(idx_bytes, (*splits.train, *splits.test)), strict=True))
+    return dict(zip(FILES, map(idx_bytes, (*splits.train, *splits.test)), strict=True))
 
 
 def write(place: Path, files) -> Path:
@@ -38,6 +39,11 @@ def write(place: Path, files) -> Path:
         (place / name).parent.mkdir(parents=True, exist_ok=True)
         (place / name).write_bytes(content)
     return place
+
+
+def register(monkeypatch, name: str, **changes) -> None:
+    """Change what is known of a published data set."""
+    monkeypatch.setitem(DATA_SETS, name, DATA_SETS[name]._replace(**changes))
 
 
 def digests(place: Path) -> dict[str, str]:
@@ -52,10 +58,11 @@ def tiny(splits, monkeypatch, tmp_path) -> Splits:
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(sources, "DEBIAN_DIR", tmp_path / "debian")
-    monkeypatch.setattr(sources, "URL", "http://127.0.0.1:9/")
     parts = Splits(*(Batch(batch.images[:n], batch.labels[:n]) for batch, n in zip(splits, (30, 20), strict=True)))
-    for name, content in published(parts).items():
-        monkeypatch.setitem(sources.DIGESTS, name, hashlib.sha256(content).hexdigest())
+    sums = {name: hashlib.sha256(content).hexdigest() for name, content in published(parts).items()}
+    for name in DATA_SETS:
+        register(monkeypatch, name, url="http://127.0.0.1:9/")
+    register(monkeypatch, "fashion_mnist", digests=sums)
     return parts
 
 
@@ -75,7 +82,9 @@ def host(monkeypatch, answer):
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
-        monkeypatch.setattr(sources, "URL", f"http://127.0.0.1:{server.server_port}/")
+        for name in DATA_SETS:
+            folder = "" if name == "fashion_mnist" else f"{name}/"
+            register(monkeypatch, name, url=f"http://127.0.0.1:{server.server_port}/{folder}")
         monkeypatch.setattr(sources, "PROBE_SECONDS", 60)
         try:
             yield requests
@@ -104,7 +113,7 @@ def test_layouts_of_a_directory(tiny, tmp_path, layout, near, compress):
     files = {layout.format(n.replace("-idx", ".idx") if near else n): compress(c) for n, c in published(tiny).items()}
     place = write(tmp_path / "größe 1 データ", files)
     before = digests(place)
-    same(data.load(place), tiny)
+    same(data.load(data_dir=place), tiny)
     assert digests(place) == before
 
 
@@ -124,7 +133,7 @@ def flip(content: bytes, at: int = -5) -> bytes:
 
 # Made from the old content: new content, a link, or nothing.
 DAMAGE = {
-    "flipped pixel": (flip, "{path} does not hold the published {name}, but SHA-256 .*; fetch it again"),
+    "flipped pixel": (flip, "{path} does not hold Fashion-MNIST's {name}, but SHA-256 .*; fetch it again"),
     "cut off": (lambda content: content[:-1], "{path} is damaged, .* cannot reshape"),
     "no IDX": (lambda content: b"PNG!" + content[4:], "{path} .* no IDX file .* it starts with 50 4e 47 21"),
     "dimensions": (lambda content: b"\0\0\x08\xff" + bytes(4) + b"\xff" * 4 * 254, "{path} .* supported dimension"),
@@ -136,7 +145,7 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_damaged_files(tiny, tmp_path, caplog, kind, name):
     """In the user's directory they are an error, even in the one that is the cache; elsewhere they are passed over."""
@@ -149,22 +158,22 @@ def test_damaged_files(tiny, tmp_path, caplog, kind, name):
         path.symlink_to(damaged) if isinstance(damaged, str) else path.write_bytes(damaged)
     before = {file: file.lstat().st_mtime_ns for file in path.parent.iterdir()}
     with pytest.raises((ValueError, OSError), match=message.format(path=path, name=name)):
-        data.load(path.parent)
+        data.load(data_dir=path.parent)
     same(data.load(), tiny)
     assert caplog.messages[-1].startswith("passing over ")
     assert {file: file.lstat().st_mtime_ns for file in path.parent.iterdir()} == before
     # A sound copy beside it is enough.
     write(path.parent, {f"{name}.gz": gzip.compress(files[name])})
-    same(data.load(path.parent), tiny)
+    same(data.load(data_dir=path.parent), tiny)
 
 
 def test_the_error_says_where_it_looked(tiny, tmp_path):
     place = write(tmp_path / "photos", {f"{i}.png": b"" for i in range(10)} | {"train-images.zip": b""})
     with pytest.raises(FileNotFoundError) as caught:
-        data.load(place)
+        data.load(data_dir=place)
     message = str(caught.value)
     assert f"no Fashion-MNIST in {place} (which holds 0.png, 1.png, 2.png" in message
-    for part in (tmp_path / CACHE, tmp_path / TFDS, sources.DEBIAN_DIR, "Connection refused", *NAMES):
+    for part in (tmp_path / CACHE, tmp_path / TFDS, sources.DEBIAN_DIR, "Connection refused", *FILES):
         assert str(part) in message
     assert "\n" not in message
     for source in ("idx", "tfds", "download"):
@@ -227,13 +236,13 @@ def test_obstacles_cost_no_more_than_a_copy(tiny, tmp_path, monkeypatch, caplog,
 def test_a_damaged_tfds_data_set(tiny, tmp_path, monkeypatch, caplog):
     place = tmp_path / "tfds"
     monkeypatch.setenv("TFDS_DATA_DIR", str(place))
-    sources._prepare_tfds(tiny, [place])
+    sources._prepare_tfds(DATA_SETS["fashion_mnist"], tiny, [place])
     (record,) = place.glob("*/*/*train.array_record*")
     content = record.read_bytes()
     for damaged in (flip(content, 5_000), content[:-9], b""):
         record.write_bytes(damaged)
-        with pytest.raises(ValueError, match=f"{place / sources.TFDS_NAME}, split 'train', "):
-            data.load(place)
+        with pytest.raises(ValueError, match=f"{place}/fashion_mnist/3.0.1, split 'train', "):
+            data.load(data_dir=place)
         with pytest.raises(FileNotFoundError, match="no Fashion-MNIST in"):
             data.load()
         assert caplog.messages[-1].startswith(f"passing over {place}")
@@ -243,8 +252,9 @@ def test_a_damaged_tfds_data_set(tiny, tmp_path, monkeypatch, caplog):
 LOAD = """
 import sys
 from fashion_jax import data, sources
-sources.URL, sources.DEBIAN_DIR, sources.PROBE_SECONDS = sys.argv[1], sources.Path("/no/such"), 60
-sources.DIGESTS.update(zip(sources.DIGESTS, sys.argv[2:]))
+sources.DEBIAN_DIR, sources.PROBE_SECONDS = sources.Path("/no/such"), 60
+fashion = data.DATA_SETS["fashion_mnist"]._replace(url=sys.argv[1], digests=dict(zip(data.FILES, sys.argv[2:])))
+data.DATA_SETS["fashion_mnist"] = fashion
 print(data.load())
 """
 
@@ -253,15 +263,114 @@ print(data.load())
 def test_two_processes_at_once_download_and_prepare_one_copy(tiny, tmp_path, monkeypatch):
     files = published(tiny)
     with host(monkeypatch, lambda name, _: whole(files[name])) as requests:
-        command = [sys.executable, "-c", LOAD, sources.URL, *sources.DIGESTS.values()]
+        fashion = DATA_SETS["fashion_mnist"]
+        command = [sys.executable, "-c", LOAD, fashion.url, *fashion.digests.values()]
         processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
         assert all(process.communicate()[0].endswith(f"{tiny!r}\n") for process in processes)
-    assert sorted(requests) == sorted(NAMES)
-    assert digests(tmp_path / CACHE).items() >= sources.DIGESTS.items()
+    assert sorted(requests) == sorted(FILES)
+    assert digests(tmp_path / CACHE).items() >= fashion.digests.items()
     tfds = pytest.importorskip("tensorflow_datasets")
     stock = tfds.data_source("fashion_mnist", split="test", data_dir=tmp_path / TFDS, download=False)
     assert len(stock) == 20
     same(data.load(source="tfds"), tiny)
+
+
+@pytest.fixture
+def relatives(tiny, splits, monkeypatch) -> dict[str, dict[str, bytes]]:
+    """Forty other images as MNIST, twenty as KMNIST: the published files of each, gzipped."""
+    found = {"fashion_mnist": tiny}
+    for name, rows in {"mnist": slice(100, 140), "kmnist": slice(200, 220)}.items():
+        found[name] = Splits(*(Batch(*(leaf[rows] for leaf in batch)) for batch in splits))
+    files = {}
+    for name, parts in found.items():
+        contents = published(parts)
+        files[name] = {f"{file}.gz": gzip.compress(content) for file, content in contents.items()}
+        if name == "kmnist":
+            del contents[FILES[0]]
+            contents[f"{FILES[0]}.gz"] = files[name][f"{FILES[0]}.gz"]
+        sums = {file: hashlib.sha256(content).hexdigest() for file, content in contents.items()}
+        register(monkeypatch, name, digests=sums)
+    return files
+
+
+def holds_what_is_in(files: dict[str, bytes], splits) -> bool:
+    return list(map(gzip.decompress, files.values())) == list(published(splits).values())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_each_data_set_has_a_cache_of_its_own(relatives, tmp_path, monkeypatch):
+    by_path = {
+        file if name == "fashion_mnist" else f"{name}/{file}": content
+        for name, files in relatives.items()
+        for file, content in files.items()
+    }
+    with host(monkeypatch, lambda path, _: whole(by_path[f"{path}.gz"])):
+        for name, files in relatives.items():
+            assert holds_what_is_in(files, data.load(name))
+    for source in ("idx", "tfds"):
+        for name, files in relatives.items():
+            assert holds_what_is_in(files, data.load(name, source=source))
+
+
+def test_one_directory_holds_them_all(relatives, tmp_path, capsys, caplog):
+    """As torchvision lays them out, or each in a directory of its name beside Fashion-MNIST's files."""
+    caplog.set_level(logging.INFO, "fashion_jax")  # `main` would leave it so.
+    folders = {"fashion_mnist": "FashionMNIST/raw/", "mnist": "MNIST/raw/", "kmnist": "KMNIST/raw/"}
+    for place in (tmp_path / "torchvision", tmp_path / "own"):
+        for name, files in relatives.items():
+            folder = folders[name] if place.name == "torchvision" else f"{name}/".removeprefix("fashion_mnist/")
+            write(place / folder, files)
+        for name, files in relatives.items():
+            assert holds_what_is_in(files, data.load(name, data_dir=place))
+    assert data.main(["--name", "mnist", "--data-dir", str(place)]) == 0
+    assert capsys.readouterr().out == "MNIST: 40 training images and 40 test images\n"
+    with pytest.raises(ValueError, match=f"{place}/t10k-images-.* does not hold Fashion-MNIST's t10k-images"):
+        data.load(data_dir=write(place, relatives["mnist"]))
+    with pytest.raises(FileNotFoundError, match=r"no MNIST in .* name it by data_dir or \$FASHION_JAX_DATA$"):
+        data.load("mnist")
+
+
+def test_a_file_of_which_only_the_gzipped_digest_is_known(relatives, tmp_path, monkeypatch):
+    files, name = relatives["kmnist"], f"{FILES[0]}.gz"
+    again = gzip.compress(gzip.decompress(files[name]), mtime=1)
+    place = write(tmp_path / "again", files | {name: again})
+    with pytest.raises(ValueError, match=f"{place / name} does not hold KMNIST's train-images-idx3-ubyte"):
+        data.load("kmnist", data_dir=place)
+    with (
+        host(monkeypatch, lambda path, _: whole((files | {name: gzip.decompress(again)})[f"{Path(path).name}.gz"])),
+        pytest.raises(FileNotFoundError, match="the answer does not hold KMNIST's train-images-idx3-ubyte"),
+    ):
+        data.load("kmnist")
+    (place / name).unlink()
+    write(place, {FILES[0]: gzip.decompress(again)})
+    assert holds_what_is_in(files, data.load("kmnist", data_dir=place))
+    write(place, {FILES[0]: idx_bytes(np.zeros((19, 28, 28), np.uint8))})
+    with pytest.raises(ValueError, match=r"holds training images \[19, 28, 28\] for 20 labels; fetch train-images"):
+        data.load("kmnist", data_dir=place)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", DATA_SETS)
+def test_tfds_knows_the_same_data_sets(name, tmp_path):
+    tfds = pytest.importorskip("tensorflow_datasets")
+    ours, theirs = DATA_SETS[name], tfds.builder(name, data_dir=tmp_path)
+    downloads = {url.removeprefix(ours.url): info for url, info in theirs.url_infos.items()}
+    assert downloads.keys() == {f"{file}.gz" for file in FILES}
+    assert round(sum(info.size for info in downloads.values()) / 1e6) == ours.megabytes
+    assert theirs.info.features["label"].names == list(ours.class_names)
+    assert str(theirs.version) == sources.TFDS_VERSION
+    assert {file.removesuffix(".gz") for file in ours.digests} == set(FILES)
+    for file, digest in ours.digests.items():
+        assert digest == downloads[file].checksum if file in downloads else len(digest) == 64
+
+
+def test_digits_are_learned():
+    """Images of another size, from scikit-learn."""
+    digits = pytest.importorskip("sklearn.datasets").load_digits()
+    batch = Batch((digits.images * 255 / 16).astype(np.uint8), digits.target)
+    rest, held_out = data.hold_out(batch, 0.2, key=KEY)
+    run = fit(rest, held_out, key=KEY, epochs=8)
+    assert run.history.validation.accuracy[-1] > 0.9
 
 
 def test_the_script_falls_back_to_debian_s_package(tiny, splits, tmp_path):
@@ -280,7 +389,7 @@ def test_the_script_falls_back_to_debian_s_package(tiny, splits, tmp_path):
     assert calm.startswith(f"no Fashion-MNIST in {tmp_path / CACHE}, ")
     assert calm.endswith("Connection refused); taking Debian's package dataset-fashion-mnist instead")
     assert source == f"Fashion-MNIST from {tmp_path / CACHE}"
-    assert fallen_back.stdout == "Fashion-MNIST as published: 60,000 training images and 10,000 test images\n"
+    assert fallen_back.stdout == "Fashion-MNIST: 60,000 training images and 10,000 test images\n"
 
 
 @pytest.mark.parametrize("labels", [np.arange(1000) % 10, np.repeat([0, 3, 9], [10, 190, 800]), np.zeros(1000, int)])
@@ -304,8 +413,10 @@ def test_parts_are_nested_stratified_and_keep_the_order(labels):
 
 
 BAD = [
-    (lambda _: data.load("/no/such"), r"data_dir, or \$FASHION_JAX_DATA, is not a directory: /no/such"),
-    (lambda _: data.load("gs://bucket"), "data_dir must be a local path"),
+    (lambda _: data.load(data_dir="/no/such"), r"data_dir, or \$FASHION_JAX_DATA, is not a directory: /no/such"),
+    (lambda _: data.load("/no/such"), "name must be one of .*, got '/no/such'; pass a directory as data_dir="),
+    (lambda _: data.load(Path("/no/such")), r"name must be one of .*, got PosixPath.*; pass a directory as data_dir="),
+    (lambda _: data.load(data_dir="gs://bucket"), "data_dir must be a local path"),
     *((lambda b, f=f: data.hold_out(b, f, key=KEY), "fraction must leave examples") for f in (0.0, 1.0, -0.2, 1e-9)),
     (lambda batch: data.subset(batch, 0, key=KEY), "size must be at least 1"),
     (lambda batch: data.subset(batch, 1001, key=KEY), "size must be at most 1000"),
