@@ -8,8 +8,10 @@ import jax
 import numpy as np
 import tyro
 
-from fashion_jax import Progress, fit, load, predict, predict_mc, read_image, report
+from fashion_jax import FashionMLP, Progress, TrainConfig, fit, predict, predict_mc, report
 from fashion_jax.calibration import entropy
+from fashion_jax.data import CLASS_NAMES, hold_out, load
+from fashion_jax.images import read_folder, read_image
 from fashion_jax.interop import load_safetensors, save_safetensors
 from fashion_jax.plot import classification, save
 from fashion_jax.script import exit_if_interrupted, logger, run_script
@@ -20,6 +22,7 @@ LIGHT_ON_DARK = {"auto": None, "light": True, "dark": False}
 @dataclasses.dataclass(frozen=True)
 class Flags:
     images: tyro.conf.Positional[tuple[Path, ...]]  # Pictures of one piece of clothing each, on a plain background.
+    train_dir: Path | None = None  # Train anew, on this directory with one folder of pictures for each class.
     model: Path = Path("runs/classify/network.safetensors")  # The network; if there is no such file, it is trained.
     samples: int = 0  # Thinned networks of Monte Carlo dropout, for error bars of ± one std; 0 switches dropout off.
     objects: Literal["auto", "light", "dark"] = "auto"  # How clothes differ from their background.
@@ -41,28 +44,28 @@ def main(flags: Flags) -> int:
             status = 1
     if not images:
         raise ValueError("there is no picture to classify")
-    if not flags.model.exists():
+    if flags.train_dir or not flags.model.exists():
         train(flags)
     network, key = load_safetensors(flags.model), jax.random.key(flags.seed)
     pixels = np.stack([image for _, image in images])
     logger.info("using the network in %s", flags.model)
-    rows = [["file", "class", "probability", "next", "probability", "entropy (nats)", "less certain than"]]
     probabilities = predict(network.params, pixels, config=network.config)
-    # What is no piece of clothing gets a class too, often with less certainty than the data set's own images.
-    usual = entropy(predict(network.params, load(data_dir=flags.data_dir).test.images, config=network.config))
-    ranks = (usual < entropy(probabilities)[:, None]).mean(axis=1)
-    spread = information = None
+    spread, extra = None, {}
+    if network.class_names == CLASS_NAMES:
+        # What is no piece of clothing gets a class too, often with less certainty than the data set's own images.
+        usual = entropy(predict(network.params, load(data_dir=flags.data_dir).test.images, config=network.config))
+        extra["less certain than"] = [f"{(usual < nats).mean():.0%} of test images" for nats in entropy(probabilities)]
     if flags.samples:
         sampled = predict_mc(network.params, pixels, key=key, samples=flags.samples, config=network.config)
-        probabilities, spread, information = sampled.probabilities, sampled.std, sampled.mutual_information
-        rows[0].append("mutual information (nats)")
+        probabilities, spread = sampled.probabilities, sampled.std
+        extra["mutual information (nats)"] = [f"{nats:.3f}" for nats in sampled.mutual_information]
+    rows = [["file", "class", "probability", "next", "probability", "entropy (nats)", *extra]]
     for i, ((path, image), nats) in enumerate(zip(images, entropy(probabilities), strict=True)):
         row = [str(path)]
         for j in probabilities[i].argsort()[:-3:-1]:
             around = "" if spread is None else f" ± {spread[i, j]:.3f}"
             row += [network.class_names[j], f"{probabilities[i, j]:.3f}{around}"]
-        row += [f"{nats:.3f}", f"{ranks[i]:.0%} of test images"]
-        rows.append([*row, *([] if information is None else [f"{information[i]:.3f}"])])
+        rows.append([*row, f"{nats:.3f}", *(column[i] for column in extra.values())])
         error_bars = None if spread is None else spread[i]
         figure = classification(image, probabilities[i], class_names=network.class_names, spread=error_bars)
         # Numbered, because files in several directories may share a name.
@@ -73,11 +76,14 @@ def main(flags: Flags) -> int:
 
 
 def train(flags: Flags) -> None:
-    train, test = load(data_dir=flags.data_dir)
+    light, key = LIGHT_ON_DARK[flags.objects], jax.random.key(flags.seed)
+    folder, names = read_folder(flags.train_dir, light_on_dark=light) if flags.train_dir else (None, CLASS_NAMES)
+    data = hold_out(folder, 0.2, key=key) if folder else load(data_dir=flags.data_dir)
+    config = TrainConfig(model=FashionMLP(classes=len(names)))
     options = {"epochs": flags.epochs, "checkpoint": flags.checkpoint, "callbacks": [Progress()]}
-    run = fit(train, test, key=jax.random.key(flags.seed), dropout_rate=flags.rate, **options)
+    run = fit(*data, key=key, config=config, dropout_rate=flags.rate, **options)
     exit_if_interrupted(run.history, flags.epochs)
-    save_safetensors(flags.model, run.state.params, dropout_rate=flags.rate)
+    save_safetensors(flags.model, run.state.params, config=config, class_names=names, dropout_rate=flags.rate)
 
 
 if __name__ == "__main__":

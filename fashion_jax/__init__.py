@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from fashion_jax.data import subset as subset
     from fashion_jax.devices import use_all_cores as use_all_cores
     from fashion_jax.evidence import judge as judge
+    from fashion_jax.images import read_folder as read_folder
     from fashion_jax.images import read_image as read_image
     from fashion_jax.inference import predict as predict
     from fashion_jax.inference import predict_mc as predict_mc
@@ -58,7 +59,7 @@ _MODULES = {
     "data": ("CLASS_NAMES", "DATA_SETS", "hold_out", "load", "subset"),
     "devices": ("use_all_cores",),
     "evidence": ("judge",),
-    "images": ("read_image",),
+    "images": ("read_folder", "read_image"),
     "inference": ("predict", "predict_mc"),
     "model": ("Dropout", "FashionMLP"),
     "train": ("evaluate", "fit", "sweep"),

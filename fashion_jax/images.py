@@ -1,4 +1,4 @@
-"""Pictures of clothes in the data set's form: grey, 28x28, a light object on black."""
+"""Pictures in the data set's form, one by one or in folders: grey, 28x28, a light object on black."""
 
 import contextlib
 import io
@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from fashion_jax import _checks
+from fashion_jax.types import Batch
 
 SIDE = 28
 # A file of a few kB can expand to more than the memory; phones take photographs of 200 megapixels.
@@ -81,6 +82,66 @@ def read_image(path: str | os.PathLike[str], *, light_on_dark: bool | None = Non
         hint = "" if light_on_dark is None else f"; if there is an object, try light_on_dark={not light_on_dark}"
         raise ValueError(f"{path} shows nothing that is {kind} its background{hint}")
     return np.rint(image).astype(np.uint8)
+
+
+def read_folder(
+    directory: str | os.PathLike[str], *, light_on_dark: bool | None = None
+) -> tuple[Batch, tuple[str, ...]]:
+    """Read a directory with one folder of pictures for each class, each picture as `read_image` does.
+
+    Names that begin with a dot are left out, and so are files beside the folders. A terminal shows the progress.
+
+    Args:
+        directory: Its folders are the classes.
+        light_on_dark: As for `read_image`.
+
+    Returns:
+        Images [n, 28, 28] and their labels, in the order of folders and files, and the names of the folders, sorted:
+        label 0 is the first.
+
+    Raises:
+        OSError: There is no such directory, or a file cannot be read.
+        TypeError: `light_on_dark` is not True, False or None.
+        ValueError: There are fewer than two folders, one is empty, or `read_image` does not accept a file.
+
+    Warns:
+        UserWarning: As for `read_image`.
+
+    >>> import tempfile
+    >>> from PIL import Image
+    >>> directory = Path(tempfile.mkdtemp())
+    >>> for name, width in (("hat", 300), ("belt", 100)):
+    ...     paper = Image.new("L", (600, 600), "white")
+    ...     paper.paste("black", (200, 200, 200 + width, 300))
+    ...     (directory / name).mkdir()
+    ...     paper.save(directory / name / "1.png")
+    >>> batch, class_names = read_folder(directory)
+    >>> batch, batch.labels.tolist(), class_names
+    (Batch(images=uint8[2, 28, 28], labels=int32[2]), [0, 1], ('belt', 'hat'))
+    """
+    from tqdm.auto import tqdm
+
+    directory = _checks.path("directory", directory)
+    if not directory.is_dir():
+        raise FileNotFoundError(
+            f"directory is not a directory: {directory}; pass one with a folder of pictures for each class"
+        )
+    pictures = {folder.name: sorted(_visible(folder)) for folder in sorted(_visible(directory)) if folder.is_dir()}
+    if len(pictures) < 2:
+        raise ValueError(f"{directory} must hold a folder for each of two or more classes, got {list(pictures)}")
+    for name, paths in pictures.items():
+        if not paths:
+            raise ValueError(f"{directory / name} holds no pictures; add some, or remove the folder")
+    files = [(path, label) for label, paths in enumerate(pictures.values()) for path in paths]
+    images = [
+        read_image(path, light_on_dark=light_on_dark)
+        for path, _ in tqdm(files, desc=f"reading {directory}", unit="picture", delay=1, disable=None)
+    ]
+    return Batch(np.stack(images), np.array([label for _, label in files], np.int32)), tuple(pictures)
+
+
+def _visible(directory: Path) -> list[Path]:
+    return [path for path in directory.iterdir() if not path.name.startswith(".")]
 
 
 def _read_photograph(path: Path, grey: Pixels, known: Pixels | None, light_on_dark: bool | None) -> Pixels | None:

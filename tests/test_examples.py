@@ -255,6 +255,30 @@ def test_classify_trains_keeps_and_uses_a_network(run, tmp_path):
     assert is_picture(tmp_path / "out" / "01-größe.png")
 
 
+def test_classify_trains_on_folders_and_remembers_their_names(run, tmp_path):
+    test, kept = data.load().test, tmp_path / "kept.safetensors"
+    # Bags and ankle boots: the network that is replaced tells ten classes apart.
+    for name, label in {"boot": 9, "bag": 8}.items():
+        (tmp_path / "mine" / name).mkdir(parents=True)
+        for i, image in enumerate(test.images[test.labels == label][:20]):
+            Image.fromarray(image).save(tmp_path / "mine" / name / f"{i}.png")
+    save_safetensors(kept, init_state(jax.random.key(0)).params)
+    pictures = " ".join(f"{tmp_path}/mine/{name}/{i}.png" for name in ("bag", "boot") for i in range(5))
+    flags = f"{pictures} --model {kept} --output {tmp_path}/out"
+    status, text, _ = run("classify", f"{flags} --train-dir {tmp_path}/mine --epochs 20")
+    assert (status, "epoch 20/20" in text) == (0, True)
+    network = load_safetensors(kept)
+    assert (network.class_names, network.config.model.classes) == (("bag", "boot"), 2)
+
+    status, text, _ = run("classify", flags)
+    assert (status, "epoch" in text) == (0, False)
+    assert [row[1] for row in cells(text)[2:]] == ["bag"] * 5 + ["boot"] * 5
+    assert "of test images" not in text  # They are of other classes.
+    (tmp_path / "mine" / "boot" / "0.png").write_text("no picture")
+    status, text, log = run("classify", f"{tmp_path}/mine/bag/0.png --train-dir {tmp_path}/mine --model {kept}")
+    assert (status, f"error: {tmp_path}/mine/boot/0.png is not a PNG" in log) == (1, True)
+
+
 def test_export_reads_each_format_back(run, tmp_path):
     model = tmp_path / "network.safetensors"
     save_safetensors(model, init_state(jax.random.key(0)).params)

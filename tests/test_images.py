@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from PIL.Image import Resampling, Transpose
 
-from fashion_jax.images import MAX_PIXELS, read_image
+from fashion_jax.images import MAX_PIXELS, read_folder, read_image
 from fashion_jax.inference import predict
 from fashion_jax.train import fit
 
@@ -292,3 +292,44 @@ def test_damaged_files_give_an_image_or_an_error_with_their_name(tmp_path, shoe,
             assert str(path) in str(error)  # noqa: PT017
             failed += 1
     assert failed > 60
+
+
+@pytest.fixture
+def folders(tmp_path, splits) -> dict[str, np.ndarray]:
+    """Three images of the data set in each of two folders, which are not made in order; and what is no picture."""
+    classes = {"größe b": splits.test.images[:3], "a": splits.test.images[3:6]}
+    for name, images in classes.items():
+        (tmp_path / name).mkdir()
+        for i in (2, 0, 1):
+            Image.fromarray(images[i]).save(tmp_path / name / f"{i}.png")
+    (tmp_path / ".hidden").mkdir()
+    (tmp_path / "a" / ".DS_Store").write_text("no picture")
+    (tmp_path / "labels.txt").write_text("no folder")
+    return classes
+
+
+def test_folders_become_a_batch(tmp_path, folders):
+    batch, names = read_folder(tmp_path)
+    assert names == ("a", "größe b")
+    assert batch.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    np.testing.assert_array_equal(batch.images, np.concatenate([folders[name] for name in names]))
+    inverted = read_folder(str(tmp_path), light_on_dark=False)[0]
+    np.testing.assert_array_equal(inverted.images, 255 - batch.images)
+
+
+def test_folders_that_cannot_be_read_are_named(tmp_path, folders):
+    bad = tmp_path / "a" / "3.png"
+    bad.write_text("no picture")
+    with pytest.raises(ValueError, match=f"{bad} is not a PNG, JPEG or WebP image"):
+        read_folder(tmp_path)
+    bad.unlink()
+    bad.mkdir()
+    with pytest.raises(IsADirectoryError, match=str(bad)):
+        read_folder(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=f"{tmp_path}/empty holds no pictures; add some, or remove the folder"):
+        read_folder(tmp_path)
+    with pytest.raises(ValueError, match=r"a must hold a folder for each of two or more classes, got \['3.png'\]"):
+        read_folder(tmp_path / "a")
+    with pytest.raises(FileNotFoundError, match=r"directory is not a directory: .*labels\.txt; pass"):
+        read_folder(tmp_path / "labels.txt")
