@@ -172,15 +172,16 @@ def history(name: str, value: Any, *axes: str, must_be_finite: bool = True) -> H
         hint = "; pass its .history" if hasattr(value, "history") else ""
         raise TypeError(f"{name} must be a History, got {type(value).__name__}{hint}")
     leaves = (value.running_loss, *value.train[:2], *value.validation[:2])
-    running, *others = (np.asarray(leaf, np.float64) for leaf in leaves)
-    shapes = {leaf.shape for leaf in (running, *others)}
+    curves = [np.asarray(leaf, np.float64) for leaf in leaves]
+    running, shapes = curves[0], {leaf.shape for leaf in curves}
     if len(shapes) > 1 or not running.size or not running.ndim or (axes and running.ndim != len(axes)):
         expected = ", ".join(axes or ("...", "epochs"))
         raise ValueError(f"{name} must have leaves [{expected}] of one shape, got {sorted(map(list, shapes))}")
     if must_be_finite:
-        running, *others = (leaf[..., evaluated(value) - 1] for leaf in (running, *others))
-        finite(name, np.concatenate([running, *others], axis=-1))
-    return History(running, Metrics(*others[:2]), Metrics(*others[2:]))
+        curves = [leaf[..., evaluated(value) - 1] for leaf in curves]
+        finite(name, np.concatenate(curves, axis=-1))
+    running, train_loss, train_accuracy, loss, accuracy = curves
+    return History(running, Metrics(train_loss, train_accuracy), Metrics(loss, accuracy))
 
 
 def evaluated(history: History) -> np.ndarray:

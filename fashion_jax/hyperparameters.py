@@ -54,9 +54,9 @@ def compose(
     update = jax.numpy_dtype_promotion("standard")(optimizer.update)
     taken = inspect.signature(optimizer.update).parameters
 
-    def update_with(grads, state, params, **asked):
+    def update_with(updates, state, params=None, **asked):
         variadic = any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values())
-        return update(grads, state, params, **{name: asked[name] for name in asked if variadic or name in taken})
+        return update(updates, state, params, **{name: asked[name] for name in asked if variadic or name in taken})
 
     return compose_model(config, hyperparameters), optax.GradientTransformationExtraArgs(optimizer.init, update_with)
 

@@ -20,7 +20,7 @@ from fashion_jax.config import TrainConfig
 from fashion_jax.data import CLASS_NAMES
 from fashion_jax.model import FashionMLP
 from fashion_jax.steps import Number
-from fashion_jax.types import Best, Params, TrainState, variables
+from fashion_jax.types import Params, Trained, variables
 
 FilePath = str | os.PathLike[str]
 
@@ -181,11 +181,7 @@ def load_safetensors(path: FilePath) -> Network:
 
 
 def export(
-    path: FilePath,
-    trained: Params | TrainState | Best,
-    *,
-    config: TrainConfig = TrainConfig(),
-    image_shape: tuple[int, ...] = (28, 28),
+    path: FilePath, trained: Trained, *, config: TrainConfig = TrainConfig(), image_shape: tuple[int, ...] = (28, 28)
 ) -> None:
     """Write a network as one StableHLO program for CPU and CUDA, whatever its model: images in, probabilities out.
 
@@ -193,8 +189,7 @@ def export(
     this package; JAX promises to read it for six months.
 
     Args:
-        path, config: As for `save_safetensors`.
-        trained: As for `predict`.
+        path, trained, config: As for `save_safetensors` and `predict`.
         image_shape: Shape of one image; the number of images stays open.
 
     Raises:
@@ -207,8 +202,7 @@ def export(
     >>> load_exported(path)(np.zeros((3, 28, 28), np.uint8)).shape
     (3, 10)
     """
-    found = variables(trained)
-    if _model_checks.variables(found, _model_checks.variable_shapes(config.model, image_shape)):
+    if _model_checks.variables(found := variables(trained), _model_checks.variable_shapes(config.model, image_shape)):
         raise ValueError("params must be those of one network; select it first, as by result.at(seed=0)")
 
     # One by one, for models that ask for the number of images.

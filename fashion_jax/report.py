@@ -132,7 +132,8 @@ def read_curves(path: str | os.PathLike[str]) -> dict[float, History]:
         if epoch[here].tolist() != runs * list(range(1, last + 1)):
             raise ValueError(f"{path}: each of the {runs} runs at rate {arm:g} must have epochs 1 to {last}, once")
         running, loss, accuracy = (curve[here].reshape(runs, last) for curve in curves)
-        arms[arm] = History(running, Metrics(*np.full((2, runs, last), np.nan)), Metrics(loss, accuracy))
+        unknown = np.full((runs, last), np.nan)
+        arms[arm] = History(running, Metrics(unknown, unknown), Metrics(loss, accuracy))
     return arms
 
 

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Key
 from fashion_jax import _convolution, _model_checks
 from fashion_jax.config import TrainConfig, negative_log_likelihood
 from fashion_jax.hyperparameters import compose, compose_model
-from fashion_jax.types import Batch, Best, Metrics, Params, TrainState, variables
+from fashion_jax.types import Batch, Metrics, Params, Trained, TrainState, variables
 
 Number = float | Float[Array, ""]
 
@@ -147,7 +147,7 @@ def train_step(
 
 @functools.partial(jax.jit, static_argnames="config")
 def evaluate(
-    trained: Params | TrainState | Best, batch: Batch, *, config: TrainConfig = TrainConfig(), **hyperparameters: Number
+    trained: Trained, batch: Batch, *, config: TrainConfig = TrainConfig(), **hyperparameters: Number
 ) -> Metrics:
     """Compute loss, accuracy and `config.metrics` on a data set of any size, dropout off, every example counted once.
 
@@ -193,7 +193,7 @@ def evaluate(
 
 @functools.partial(jax.jit, static_argnames="config")
 def eval_step(
-    trained: Params | TrainState | Best,
+    trained: Trained,
     batch: Batch,
     *,
     config: TrainConfig = TrainConfig(),
@@ -220,10 +220,11 @@ def _log_probs(variables: Any, images: Any, config: TrainConfig, hyperparameters
 
 
 def _average(losses: Any, log_probs: Any, labels: Any, weights: Float[Array, " n"] | None) -> Metrics:
-    correct = log_probs.argmax(axis=1) == jnp.asarray(labels, int)
-    # A model may return half precision, in which a mean over a data set would be coarse.
-    values = (losses.astype(jnp.result_type(float)), correct.astype(jnp.result_type(float)))
-    return Metrics(*(jnp.average(value, weights=weights) for value in values))
+    def average(values):
+        # A model may return half precision, in which a mean over a data set would be coarse.
+        return jnp.average(values.astype(jnp.result_type(float)), weights=weights)
+
+    return Metrics(average(losses), average(log_probs.argmax(axis=1) == jnp.asarray(labels, int)))
 
 
 def _split(tree: Any, n: int, size: int) -> tuple[Any, Float[Array, "batches size"]]:

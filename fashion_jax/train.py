@@ -186,8 +186,8 @@ def _train(
     state = runs.map(_start)
     # Infinity comes from the host: what a program computes would end a run under jax_debug_infs.
     worst = np.full(len(lanes), np.inf, jnp.result_type(float))
-    never = runs.place((worst, np.zeros(len(lanes), np.int32)))
-    carry = Carry(state, Best(state.params, *never, state.collections))
+    loss, never = runs.place((worst, np.zeros(len(lanes), np.int32)))
+    carry = Carry(state, Best(state.params, loss, never, state.collections))
     _model_checks.initial(config, state, train.images[:1], runs.fetch)
     if start is not None:
         carry = runs.place(_model_checks.start(start, runs.fetch(carry)))
@@ -243,8 +243,8 @@ def _run_epochs(runs: Lanes, carry: Carry, store: Any, epochs: int, callbacks, a
             carry, *measured = runs.map(_epoch, progress[0], (np.int32(epoch), evaluated))
             row, moves = runs.fetch(measured)
             if not evaluated:
-                missing = jax.tree.map(lambda leaf: np.full_like(leaf, np.nan), (row.train, row.validation))
-                row = History(row.running_loss, *missing, row.steps)
+                on_train, on_validation = jax.tree.map(lambda leaf: leaf * np.nan, (row.train, row.validation))
+                row = row._replace(train=on_train, validation=on_validation)
             history = jax.tree.map(lambda so_far, new: np.c_[so_far, new], progress[1], row)
             _checks.epoch(history, axes, stopped=moved & ~moves)
             progress, moved = (carry, history), moves

@@ -209,7 +209,10 @@ class Sweep:
         return f"Sweep({axes},\n  {self.history!r})"
 
 
-def variables(trained: Params | TrainState | Best) -> dict[str, Any]:
+Trained = Params | TrainState | Best
+
+
+def variables(trained: Trained) -> dict[str, Any]:
     """Return the Flax variables of a state, of the best of a run, or of parameters alone.
 
     >>> variables(Best({"fc1": 1}, 0.5, 3, {"batch_stats": 2}))
