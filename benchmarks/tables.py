@@ -230,6 +230,12 @@ TABLES: dict[str, Callable[[], str]] = {
     ),
     "kernels": lambda: table("kernels", H200, LAUNCHES, [(column, ".3g") for column in LAUNCHES]),
     "roofline on a GPU": lambda: table("roofline", H200, ("ms", "TFLOP/s"), (milliseconds, teraflops)),
+    "convolutions": lambda: table(
+        "convolutions",
+        [""],
+        ("s: median (min-max)", "times as long", "n"),
+        (seconds(2), ("times as long", ".2f"), ("repetitions", "d")),
+    ),
     "ablation": lambda: table(
         "ablation",
         [""],

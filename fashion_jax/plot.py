@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 from fashion_jax import _checks, files
+from fashion_jax.evidence import Interval
 from fashion_jax.types import History
 
 if TYPE_CHECKING:
@@ -75,6 +76,38 @@ def losses(
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("loss (nats)" + (f", mean ± std of {seeds} seeds" if seeds > 1 else ""))
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=min(3, 1 + len(arms)), frameon=False)
+    return figure
+
+
+def intervals(panels: Mapping[str, Mapping[str, Interval]], *, columns: int = 3) -> "matplotlib.figure.Figure":
+    """Draw means with their 95% intervals, one panel a quantity.
+
+    Args:
+        panels: Label of each quantity, and its interval by name; panels of one row share the names at their left.
+        columns: Panels in a row.
+
+    >>> from fashion_jax.evidence import interval
+    >>> figure = intervals({"accuracy": {"dropout": interval(np.array([0.88, 0.89, 0.9]))}})
+    >>> [text.get_text() for text in figure.axes[0].get_yticklabels()]
+    ['dropout']
+    """
+    from matplotlib.figure import Figure
+
+    columns = min(_checks.integer("columns", columns, 1), len(panels))
+    rows, names = -(-len(panels) // columns), max(map(len, panels.values()))
+    figure = Figure(figsize=(2 + 3 * columns, rows * (1 + 0.25 * names)), layout="constrained")
+    grid = figure.subplots(rows, columns, sharey="row", squeeze=False)
+    for axes in grid.flat[len(panels) :]:
+        axes.set_axis_off()
+    for axes, (label, measured) in zip(grid.flat, panels.items(), strict=False):
+        means, places = np.array([value.mean for value in measured.values()]), range(len(measured))
+        bars = [(value.mean - value.low, value.high - value.mean) for value in measured.values()]
+        axes.errorbar(
+            means, places, xerr=np.transpose(bars), fmt="o", color=_CURVES["validation loss"]["color"], capsize=3
+        )
+        axes.set_yticks(places, measured, parse_math=False)
+        axes.set(xlabel=label, ylim=(len(measured) - 0.5, -0.5))
+        axes.grid(axis="x", alpha=0.3)
     return figure
 
 

@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fashion_jax import Splits, data, devices, evaluate, predict, predict_mc, report
+from fashion_jax import FashionMLP, Splits, data, devices, evaluate, predict, predict_mc, report
 from fashion_jax.interop import load_safetensors, save_safetensors
+from fashion_jax.networks import NormalizedMLP
 from fashion_jax.script import run_script
 from fashion_jax.steps import init_state
 
@@ -202,13 +203,15 @@ def test_best_perceptron_is_chosen_on_a_hold_out(run, tmp_path):
 
 
 def test_rivals_choose_on_a_hold_out(run, tmp_path):
-    rivals = {name: (16, {"learning_rate": (1e-6, 0.01)}) for name in ("nothing", "early stopping")}
+    networks = {"nothing": FashionMLP((16,)), "early stopping": FashionMLP((16,)), "batch norm": NormalizedMLP((16,))}
+    rivals = {name: (network, {"learning_rate": (1e-6, 0.01)}) for name, network in networks.items()}
     claims = [("early stopping", "nothing")]
     flags = f"--sets 100 80 --seeds 4 --output {tmp_path}"
     status, text, _ = run("when_dropout_helps", flags, RIVALS=rivals, CLAIMS=claims)
     assert status == 0
     chosen = {row[0]: row[1] for row in cells(text) if len(row) == 5}
     assert chosen["nothing"] == chosen["early stopping"] == "learning_rate 0.01"
+    assert set(networks) <= set(chosen)
     tested = json.loads((tmp_path / "report.json").read_text())["test"]["100 images"]
     # So few images are soon learned by heart.
     assert np.mean(tested["early stopping"]["loss"]) < np.mean(tested["nothing"]["loss"])
