@@ -58,7 +58,7 @@ WITHOUT: dict[str, tuple[list[tuple[Any, str, Any]], TrainConfig]] = {
 
 
 def one(key, carry, numbers, data, *, config: TrainConfig = TrainConfig()):
-    return _epoch(key, numbers, carry, np.int32(1), data, config=config)
+    return _epoch(key, numbers, carry, (np.int32(1), np.True_), data, config=config)
 
 
 def many(keys, carries, numbers, data, *, at_once: int | None):

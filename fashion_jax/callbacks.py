@@ -99,7 +99,7 @@ class Progress:
         history = end.history
         curves = {"training loss": history.train.loss, "validation loss": history.validation.loss}
         curves |= {"accuracy": history.validation.accuracy}
-        if end.epoch not in _checks.evaluated(history):
+        if np.shape(history.running_loss)[-1] not in _checks.evaluated(history):
             curves = {"training loss (running)": history.running_loss}
         figures = ", ".join(f"{name} {_means(end, curve)}" for name, curve in curves.items())
         if not (file.isatty() or _in_notebook()):

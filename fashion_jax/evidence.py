@@ -19,11 +19,15 @@ LEVEL = 0.95
 # Halves of the seeds that choose epochs for each other are not quite independent: Student's intervals cover the truth
 # in 91 to 96% of cases, intervals wider by this factor in 95 to 98% (simulated in the tests).
 CHOSEN_WIDTH = 1.15
-SMALL_LOSS = 0.02  # A rise or a gap below it, a twentieth of the losses at hand, counts as none.
+# "Final" is the mean of as many epochs at the end: single epochs are noisy, and a seed hardly differs from another.
+LAST = 5
+# Below these margins a difference means nothing: a twentieth of the losses at hand, and 20 of 10,000 images.
+LOSS_MARGIN, ACCURACY_MARGIN = 0.02, 0.002
+MOST_SEEDS = 10_000
 # With fewer seeds intervals say little: for two, Student's t multiplies the standard error by 12.7.
 FEW_SEEDS = 4
 
-Answer = Literal["supported", "refuted", "undecided"]
+Answer = Literal["supported", "refuted", "negligible", "undecided"]
 Side = Literal["above", "below"]
 PerSeed = Float[Array | np.ndarray, " seeds"]
 Curves = Float[Array | np.ndarray, "*runs epochs"]
@@ -33,8 +37,9 @@ class Summary(NamedTuple):
     """A few numbers for each run; every leaf has the axes of the history but the last.
 
     "best" is the epoch with the run's lowest validation loss, counted from 1. The smallest of many noisy numbers is
-    biased downward; `late_rises` has a rise that is not. "final" is after the last epoch. `late_rise` is `final_loss`
-    minus `best_loss`, and `gap` is the final validation loss minus the final training loss (eval mode).
+    biased downward; `late_rises` has a rise that is not. "final" is the mean of the last five epochs (of all, if there
+    are fewer). `late_rise` is `final_loss` minus `best_loss`, and `gap` is the final validation loss minus the final
+    training loss (eval mode).
     """
 
     best_epoch: Int[np.ndarray, "*runs"]
@@ -64,13 +69,44 @@ class Interval(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """A claim, the answer, and the quantity that was measured; `note` warns of few seeds."""
+    """A claim, the answer, and the quantity that was measured.
+
+    Attributes:
+        claim: The claim, in words.
+        answer: "refuted" if the whole interval lies on the other side of the threshold. Else "negligible" if it lies
+            within the margin around 0, "supported" if it lies on the side that is claimed, "undecided" if on neither.
+        quantity: The quantity and, if it is not 0, the threshold.
+        interval: Its mean and 95% interval.
+        threshold: Where the claim begins to hold.
+        margin: The largest difference that means nothing.
+        note: The largest effect that is not excluded, where that matters, and a warning of few seeds.
+    """
 
     claim: str
     answer: Answer
     quantity: str
     interval: Interval
+    threshold: float
+    margin: float
     note: str
+
+    def seeds_needed(self) -> int | None:
+        """Estimate how many seeds would decide the claim, if mean and std stay as measured; None if they are unknown.
+
+        >>> compare("it helps", np.array([0.9, 0.8, 0.9]), np.array([0.8, 0.8, 0.8]), quantity="x").seeds_needed()
+        6
+        """
+        from scipy.special import stdtrit
+
+        mean, low, _, _, n = self.interval
+        if n == 1 or self.answer != "undecided":
+            return None if n == 1 else n
+        std = (mean - low) * np.sqrt(n) / stdtrit(n - 1, (1 + LEVEL) / 2)
+        seeds = np.arange(2, MOST_SEEDS + 1)
+        half = std / np.sqrt(seeds) * stdtrit(seeds - 1, (1 + LEVEL) / 2)
+        # From the threshold, or inside the margin.
+        decided = half < max(abs(mean - self.threshold), self.margin - abs(mean) if not self.threshold else 0)
+        return int(seeds[decided.argmax()]) if decided.any() else MOST_SEEDS
 
 
 def summarize(history: History) -> Summary:
@@ -166,32 +202,42 @@ def best_epochs(loss: Curves) -> Int[np.ndarray, " seeds"]:
 
 
 def late_rises(loss: Curves) -> Float[np.ndarray, " seeds"]:
-    """Compute each run's last loss minus its loss at the epoch from `best_epochs`.
+    """Compute each run's final loss, the mean of the last five epochs, minus its loss at the epoch from `best_epochs`.
 
-    Unlike the last loss minus the lowest this can be negative, and is 0 on average for a flat noisy curve.
+    Unlike the final loss minus the lowest this can be negative, and is 0 on average for a flat noisy curve.
 
-    >>> late_rises(np.array([[3.0, 1.0, 2.0], [3.0, 2.0, 1.5]])).tolist()
-    [0.0, -0.5]
+    >>> late_rises(np.array([[2.0, 1.0, 2.0, 2.0, 2.0, 2.0], [2.0, 2.0, 1.5, 2.0, 2.0, 2.0]])).round(2).tolist()
+    [-0.2, -0.1]
     """
     loss = _numbers("loss", loss, "seeds", "epochs")
     return _final(loss) - _at(loss, best_epochs(loss))
 
 
-def judge(plain: History, dropped: History) -> list[Verdict]:
+def judge(
+    plain: History,
+    dropped: History,
+    *,
+    name: str = "dropout",
+    loss_margin: float = LOSS_MARGIN,
+    accuracy_margin: float = ACCURACY_MARGIN,
+) -> list[Verdict]:
     """Check the tutorial's claims against runs without and with dropout.
 
-    A claim is undecided unless the whole 95% interval lies on one side of its threshold. One seed decides nothing.
+    One seed decides nothing.
 
     Args:
         plain: Runs without dropout; leaves [seeds, epochs].
         dropped: Runs with dropout, of the same seeds.
+        name: The second arm in claims, such as "dropout 0.2".
+        loss_margin: The largest difference of losses that means nothing, in nats.
+        accuracy_margin: The same of accuracies.
 
     Raises:
         TypeError: An arm is not a History.
         ValueError: Leaves have other axes, the arms differ in shape, or a number is not finite.
 
     >>> from fashion_jax.types import Metrics
-    >>> up, flat = np.array([[0.4, 0.5], [0.4, 0.51]]), np.array([[0.4, 0.4], [0.41, 0.4]])
+    >>> up, flat = np.array([[0.3, 0.5], [0.3, 0.51]]), np.array([[0.4, 0.4], [0.41, 0.4]])
     >>> arms = [History(loss, Metrics(loss, 1 - loss), Metrics(loss, 1 - loss)) for loss in (up, flat)]
     >>> judge(*arms)[0].answer
     'supported'
@@ -208,16 +254,19 @@ def judge(plain: History, dropped: History) -> list[Verdict]:
     narrowed = paired(without.gap, with_.gap)
     loss = paired(with_.final_loss, without.final_loss)
     accuracy = paired(with_.final_accuracy, without.final_accuracy)
-    rise, minus = "rise of the validation loss from the best epoch to the last", "with minus without"
+    rise, minus = "rise of the validation loss from the best epoch to the end", "with minus without"
     best_loss = f"validation loss at the best epoch, {minus}"
+    of_loss, of_rise = {"margin": loss_margin}, {"margin": loss_margin, "threshold": loss_margin}
     turns, stays, *others = (
-        _verdict("without dropout the validation loss turns early and rises", rise, rises[0], "above", SMALL_LOSS),
-        _verdict("with dropout it does not", rise, rises[1], "below", SMALL_LOSS),
-        _verdict("dropout narrows the gap", "gap (eval mode), without minus with", narrowed, "above"),
-        _verdict("dropout closes the gap", "gap (eval mode) with dropout", interval(with_.gap), "below", SMALL_LOSS),
-        _verdict("dropout lowers the final validation loss", f"final validation loss, {minus}", loss, "below"),
-        _verdict("dropout lowers the validation loss more than stopping early does", best_loss, stopped, "below"),
-        _verdict("dropout raises accuracy", f"final accuracy, {minus}", accuracy, "above"),
+        _verdict("without dropout the validation loss turns early and rises", rise, rises[0], "above", **of_rise),
+        _verdict(f"with {name} it does not", rise, rises[1], "below", **of_rise),
+        _verdict(f"{name} narrows the gap", "gap (eval mode), without minus with", narrowed, "above", **of_loss),
+        _verdict(f"{name} closes the gap", f"gap (eval mode) with {name}", interval(with_.gap), "below", **of_rise),
+        _verdict(
+            f"{name} lowers the final validation loss", f"final validation loss, {minus}", loss, "below", **of_loss
+        ),
+        _verdict(f"{name} lowers the loss more than stopping early does", best_loss, stopped, "below", **of_loss),
+        _verdict(f"{name} raises accuracy", f"final accuracy, {minus}", accuracy, "above", margin=accuracy_margin),
     )
     epochs = losses[0].shape[1]
     late = losses[0].mean(axis=0).argmin() + 1 > epochs / 2
@@ -228,13 +277,13 @@ def judge(plain: History, dropped: History) -> list[Verdict]:
     return [turns, stays, *others]
 
 
-def compare(claim: str, first: PerSeed, second: PerSeed, *, quantity: str) -> Verdict:
+def compare(claim: str, first: PerSeed, second: PerSeed, *, quantity: str, margin: float = ACCURACY_MARGIN) -> Verdict:
     """Check the claim that the first of two arms has the higher numbers, from the interval of `paired`.
 
     >>> compare("it helps", np.array([0.9, 0.91]), np.array([0.8, 0.812]), quantity="accuracy").answer
     'supported'
     """
-    return _verdict(claim, quantity, paired(first, second), "above")
+    return _verdict(claim, quantity, paired(first, second), "above", margin=margin)
 
 
 def drop_diverged(arms: Mapping[str, History]) -> dict[str, History]:
@@ -260,13 +309,23 @@ def drop_diverged(arms: Mapping[str, History]) -> dict[str, History]:
     return {title: jax.tree.map(lambda leaf: np.asarray(leaf)[~lost], arm) for title, arm in arms.items()}
 
 
-def _verdict(claim: str, quantity: str, measured: Interval, side: Side, threshold: float = 0.0) -> Verdict:
+def _verdict(
+    claim: str, quantity: str, measured: Interval, side: Side, *, margin: float, threshold: float = 0.0
+) -> Verdict:
     above, below = measured.low > threshold, measured.high < threshold
-    claimed = above if side == "above" else below
-    answer = "supported" if claimed else "refuted" if above or below else "undecided"
-    weak = "one seed decides nothing" if measured.n == 1 else f"weak: {measured.n} seeds"
-    note = weak if measured.n < FEW_SEEDS else ""
-    return Verdict(claim, answer, f"{quantity}, {side} {threshold}" if threshold else quantity, measured, note)
+    claimed, opposite = (above, below) if side == "above" else (below, above)
+    largest = max(abs(measured.low), abs(measured.high))
+    if opposite:
+        answer = "refuted"
+    elif not threshold and largest <= margin:
+        answer = "negligible"
+    else:
+        answer = "supported" if claimed else "undecided"
+    notes = [f"at most {largest:.4f}"] if answer in ("negligible", "undecided") and measured.n > 1 else []
+    if measured.n < FEW_SEEDS:
+        notes.append("one seed decides nothing" if measured.n == 1 else f"weak: {measured.n} seeds")
+    quantity = f"{quantity}, {side} {threshold}" if threshold else quantity
+    return Verdict(claim, answer, quantity, measured, threshold, margin, "; ".join(notes))
 
 
 def _numbers(name: str, values: Float[Array | np.ndarray, "..."], *axes: str) -> Float[np.ndarray, "..."]:
@@ -283,4 +342,4 @@ def _at(curves: Curves, epochs: Int[np.ndarray, "*runs"]) -> Float[np.ndarray, "
 
 
 def _final(curves: Curves) -> Float[np.ndarray, "*runs"]:
-    return np.asarray(curves[..., -1])
+    return np.asarray(curves[..., -LAST:].mean(axis=-1))

@@ -40,7 +40,7 @@ class MCPrediction(NamedTuple):
 
 
 def predict(
-    trained: Trained,
+    params: Trained,
     images: Images,
     *,
     config: TrainConfig = TrainConfig(),
@@ -49,7 +49,7 @@ def predict(
     """Compute class probabilities, dropout off.
 
     Args:
-        trained: The state or the best of a run, or its parameters alone, if the model has no other variables. Lane axes
+        params: The state or the best of a run, or its parameters alone, if the model has no other variables. Lane axes
             in front, such as those of a `Sweep`, stay in front in the result.
         images: Raw pixels, 0 (background) to 255; n may be 0.
         config: The model.
@@ -63,14 +63,14 @@ def predict(
     >>> predict(init_state(jax.random.key(0)).params, np.zeros((3, 28, 28), np.uint8)).shape
     (3, 10)
     """
-    found, pixels, fields, lanes = _check(trained, images, hyperparameters, config)
+    found, pixels, fields, lanes = _check(params, images, hyperparameters, config)
     parts = [_log_probs(found, chunk, fields, model=config.model, lanes=lanes) for chunk in _chunks(pixels)]
     log_probs = np.concatenate(jax.device_get(parts), axis=-2, dtype=jnp.result_type(float))
     return np.exp(log_probs[..., : len(images), :])
 
 
 def predict_mc(
-    trained: Trained,
+    params: Trained,
     images: Images,
     *,
     key: Key[Array, ""],
@@ -81,7 +81,7 @@ def predict_mc(
     """Predict with dropout on, by many thinned networks that each see all images: Monte Carlo dropout.
 
     Args:
-        trained, images, config: As for `predict`.
+        params, images, config: As for `predict`.
         key: Determines the units that each sample drops.
         samples: Number of thinned networks.
         **hyperparameters: Fields of the model to replace, such as `dropout_rate=0.2`.
@@ -101,7 +101,7 @@ def predict_mc(
     True
     """
     key, samples = _checks.key(key), _checks.integer("samples", samples, 1)
-    found, pixels, fields, lanes = _check(trained, images, hyperparameters, config)
+    found, pixels, fields, lanes = _check(params, images, hyperparameters, config)
     if found.keys() > {"params"}:
         raise ValueError("the model changes more than dropout while it trains, such as the statistics of BatchNorm")
     sample = functools.partial(_sample, found, key, fields, model=config.model, lanes=lanes)
@@ -121,13 +121,13 @@ def predict_mc(
     return jax.tree.map(lambda *leaves: np.concatenate(leaves, lanes).take(range(len(images)), lanes), *parts)
 
 
-def _check(trained: Any, images: Any, hyperparameters: Any, config: TrainConfig) -> Any:
+def _check(params: Any, images: Any, hyperparameters: Any, config: TrainConfig) -> Any:
     fields: dict[str, Any] = {name: _checks.number(name, value) for name, value in hyperparameters.items()}
     config.model.clone(**fields)  # Checks the fields, which programs only see traced.
     images = _checks.pixels("images", images)
     if images.ndim < 3:
         raise ValueError(f"images must have shape [n, height, width], got {list(images.shape)}")
-    found = variables(trained)
+    found = variables(params)
     lanes = _model_checks.variables(found, _model_checks.variable_shapes(config.model, images.shape[1:]))
     return jax.device_put(found), images, fields, lanes
 

@@ -181,7 +181,7 @@ def load_safetensors(path: FilePath) -> Network:
 
 
 def export(
-    path: FilePath, trained: Trained, *, config: TrainConfig = TrainConfig(), image_shape: tuple[int, ...] = (28, 28)
+    path: FilePath, params: Trained, *, config: TrainConfig = TrainConfig(), image_shape: tuple[int, ...] = (28, 28)
 ) -> None:
     """Write a network as one StableHLO program for CPU and CUDA, whatever its model: images in, probabilities out.
 
@@ -189,7 +189,7 @@ def export(
     this package; JAX promises to read it for six months.
 
     Args:
-        path, trained, config: As for `save_safetensors` and `predict`.
+        path, params, config: As for `save_safetensors` and `predict`.
         image_shape: Shape of one image; the number of images stays open.
 
     Raises:
@@ -202,7 +202,7 @@ def export(
     >>> load_exported(path)(np.zeros((3, 28, 28), np.uint8)).shape
     (3, 10)
     """
-    if _model_checks.variables(found := variables(trained), _model_checks.variable_shapes(config.model, image_shape)):
+    if _model_checks.variables(found := variables(params), _model_checks.variable_shapes(config.model, image_shape)):
         raise ValueError("params must be those of one network; select it first, as by result.at(seed=0)")
 
     # One by one, for models that ask for the number of images.

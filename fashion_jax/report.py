@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from fashion_jax import __version__, _checks
-from fashion_jax.evidence import Verdict, summarize
+from fashion_jax.evidence import LAST, MOST_SEEDS, Verdict, summarize
 from fashion_jax.types import History, Metrics
 
 PLACES = ("checkpoint", "data_dir", "log", "output")  # Flags that name files: no result depends on them.
@@ -48,15 +48,16 @@ def as_json(record: Any) -> str:
             as flags or a `TrainConfig`, without `PLACES`. NaN and infinity become null, everything else its text.
 
     >>> json.loads(as_json({"plain": Metrics(np.array([0.5, np.nan]), np.array([0.8, 0.9]))}))
-    {'plain': {'loss': [0.5, None], 'accuracy': [0.8, 0.9]}}
+    {'plain': {'loss': [0.5, None], 'accuracy': [0.8, 0.9], 'others': {}}}
     """
     return json.dumps(_plain(record), indent=1, allow_nan=False) + "\n"
 
 
 def table(arms: Mapping[str, History]) -> str:
-    """Return a Markdown table of each arm's metrics after its last and its best epoch, as mean ± std over seeds.
+    """Return a Markdown table of each arm's metrics, as mean ± std over seeds; losses in nats.
 
-    The best epoch is that of each run's lowest validation loss. Losses are in nats.
+    "final" is the mean of the last five epochs, "last" the last one, which the tutorial shows, and "best" that of each
+    run's lowest validation loss.
 
     Args:
         arms: Title and history of each arm; leaves [seeds, epochs].
@@ -66,20 +67,24 @@ def table(arms: Mapping[str, History]) -> str:
 
     >>> curve = np.array([[0.5, 0.4, 0.45]])
     >>> print(table({"no dropout": History(curve, Metrics(curve, curve), Metrics(curve, curve))}))
-    | arm        | epoch   | training loss (running) | training loss (eval mode) | validation loss | accuracy |
-    |------------|---------|-------------------------|---------------------------|-----------------|----------|
-    | no dropout | last: 3 | 0.4500                  | 0.4500                    | 0.4500          | 0.4500   |
-    | no dropout | best: 2 | 0.4000                  | 0.4000                    | 0.4000          | 0.4000   |
+    | arm        | epoch      | training loss (running) | training loss (eval mode) | validation loss | accuracy |
+    |------------|------------|-------------------------|---------------------------|-----------------|----------|
+    | no dropout | final: 1-3 | 0.4500                  | 0.4500                    | 0.4500          | 0.4500   |
+    | no dropout | last: 3    | 0.4500                  | 0.4500                    | 0.4500          | 0.4500   |
+    | no dropout | best: 2    | 0.4000                  | 0.4000                    | 0.4000          | 0.4000   |
     """
     rows = [["arm", "epoch", "training loss (running)", "training loss (eval mode)", "validation loss", "accuracy"]]
     for title, history in arms.items():
         _checks.history(f"arms[{title!r}]", history, "seeds", "epochs")
         seeds, epochs = np.shape(history.running_loss)
         curves = (history.running_loss, history.train.loss, history.validation.loss, history.validation.accuracy)
-        for name, epoch in (("last", np.full(seeds, epochs)), ("best", summarize(history).best_epoch)):
-            span = "-".join(map(str, sorted({int(epoch.min()), int(epoch.max())})))
-            figures = [mean_and_std(np.asarray(curve)[np.arange(seeds), epoch - 1]) for curve in curves]
-            rows.append([title, f"{name}: {span}", *figures])
+        final = _checks.evaluated(history)[-LAST:]
+        chosen = {"final": np.tile(final, (seeds, 1)), "last": np.full((seeds, 1), epochs)}
+        chosen["best"] = summarize(history).best_epoch[:, None]
+        for name, numbers in chosen.items():
+            span = "-".join(map(str, sorted({int(numbers.min()), int(numbers.max())})))
+            means = [np.take_along_axis(np.asarray(curve), numbers - 1, axis=1).mean(axis=1) for curve in curves]
+            rows.append([title, f"{name}: {span}", *map(mean_and_std, means)])
     return markdown(rows)
 
 
@@ -93,9 +98,34 @@ def verdicts(judged: Iterable[Verdict]) -> str:
     | it helps | undecided (one seed decides nothing) | accuracy: +0.1000 (one seed, no interval) |
     """
     rows = [("claim", "answer", "measured (mean, 95% interval)")]
-    for claim, answer, quantity, measured, note in judged:
-        rows.append((claim, f"{answer} ({note})" if note else answer, f"{quantity}: {measured}"))
+    for verdict in judged:
+        answer = f"{verdict.answer} ({verdict.note})" if verdict.note else verdict.answer
+        rows.append((verdict.claim, answer, f"{verdict.quantity}: {verdict.interval}"))
     return markdown(rows)
+
+
+def outlook(judged: Sequence[Verdict], seconds_a_seed: float | None = None) -> str:
+    """Return one line: how many claims are undecided, and how many seeds and minutes would decide them.
+
+    Args:
+        judged: The verdicts.
+        seconds_a_seed: Time of all arms of one seed on this machine, if known.
+
+    >>> from fashion_jax.evidence import compare
+    >>> outlook([compare("it helps", np.array([0.9, 0.8, 0.9]), np.array([0.8, 0.8, 0.8]), quantity="accuracy")], 60.0)
+    '1 of 1 claims is undecided; about 6 seeds would decide it, in 6 minutes on this machine'
+    """
+    undecided = [verdict for verdict in judged if verdict.answer == "undecided"]
+    if not undecided:
+        return f"all {len(judged)} claims are decided"
+    found = f"{len(undecided)} of {len(judged)} claims {'is' if len(undecided) == 1 else 'are'} undecided"
+    seeds = [verdict.seeds_needed() or 0 for verdict in undecided]
+    if not all(seeds):
+        return f"{found}; one seed decides nothing, and two show how many it takes"
+    them = "it" if len(undecided) == 1 else "them"
+    found += f"; about {max(seeds):,}{' or more' * (max(seeds) == MOST_SEEDS)} seeds would decide {them}"
+    time = "" if seconds_a_seed is None else f", in {max(seeds) * seconds_a_seed / 60:,.0f} minutes on this machine"
+    return found + time
 
 
 def read_curves(path: str | os.PathLike[str]) -> dict[float, History]:

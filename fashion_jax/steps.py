@@ -147,19 +147,19 @@ def train_step(
 
 @functools.partial(jax.jit, static_argnames="config")
 def evaluate(
-    trained: Trained, batch: Batch, *, config: TrainConfig = TrainConfig(), **hyperparameters: Number
+    params: Trained, batch: Batch, *, config: TrainConfig = TrainConfig(), **hyperparameters: Number
 ) -> Metrics:
     """Compute loss, accuracy and `config.metrics` on a data set of any size, dropout off, every example counted once.
 
     Args:
-        trained: The state or the best of a run, or its parameters alone, if the model has no other variables. Leaves
+        params: The state or the best of a run, or its parameters alone, if the model has no other variables. Leaves
             may have lane axes in front, such as those of a `Sweep`.
         batch: n examples, of which the model sees `config.eval_batch_size` at a time.
         config: Static.
         **hyperparameters: Fields of the model that matter with dropout off too, traced; others have no effect.
 
     Returns:
-        Metrics with the lane axes of `trained`.
+        Metrics with the lane axes of `params`.
 
     >>> batch = Batch(jnp.zeros((5, 28, 28), jnp.uint8), jnp.arange(5))
     >>> params = init_state(jax.random.key(0)).params
@@ -185,7 +185,7 @@ def evaluate(
         }
         return jax.tree.map(lambda total: total.sum() / n, totals)._replace(others=others)
 
-    over_lanes, found = evaluate_one, variables(trained)
+    over_lanes, found = evaluate_one, variables(params)
     for _ in range(_model_checks.variables(found, _model_checks.variable_shapes(config.model, batch.images.shape[1:]))):
         over_lanes = functools.partial(jax.lax.map, over_lanes)
     return over_lanes(found)
@@ -193,7 +193,7 @@ def evaluate(
 
 @functools.partial(jax.jit, static_argnames="config")
 def eval_step(
-    trained: Trained,
+    params: Trained,
     batch: Batch,
     *,
     config: TrainConfig = TrainConfig(),
@@ -203,7 +203,7 @@ def eval_step(
     """Compute loss and accuracy on one batch, dropout off.
 
     Args:
-        trained, config, hyperparameters: As for `evaluate`, without lane axes.
+        params, config, hyperparameters: As for `evaluate`, without lane axes.
         batch: n examples.
         weights: As for `train_step`.
 
@@ -211,7 +211,7 @@ def eval_step(
     >>> eval_step(init_state(jax.random.key(0)).params, batch).loss.shape
     ()
     """
-    log_probs = _log_probs(variables(trained), batch.images, config, hyperparameters)
+    log_probs = _log_probs(variables(params), batch.images, config, hyperparameters)
     return _average(negative_log_likelihood(log_probs, batch.labels), log_probs, batch.labels, weights)
 
 

@@ -212,15 +212,15 @@ class Sweep:
 Trained = Params | TrainState | Best
 
 
-def variables(trained: Trained) -> dict[str, Any]:
+def variables(params: Trained) -> dict[str, Any]:
     """Return the Flax variables of a state, of the best of a run, or of parameters alone.
 
     >>> variables(Best({"fc1": 1}, 0.5, 3, {"batch_stats": 2}))
     {'params': {'fc1': 1}, 'batch_stats': 2}
     """
-    if isinstance(trained, (TrainState, Best)):
-        return {"params": trained.params, **trained.collections}
-    return {"params": trained}
+    if isinstance(params, (TrainState, Best)):
+        return {"params": params.params, **params.collections}
+    return {"params": params}
 
 
 def _shape(array: Any) -> str:

@@ -115,7 +115,7 @@ FIT = [
     (
         {"config": TrainConfig(model=Dropped())},
         T,
-        r"^the model must take dropout_rate traced; use fashion_jax\.Dropout",
+        r"^the model must take dropout_rate traced; use the Dropout of fashion_jax",
     ),
     ({"config": TrainConfig(model=Logits())}, V, r"^the model must return log-prob.* sum to .*\.log_softmax"),
     ({"config": TrainConfig(optimizer=lambda learning_rate: None)}, T, "^optimizer must return an optax.*, got None"),

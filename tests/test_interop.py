@@ -272,7 +272,8 @@ def test_damage_and_files_of_other_kinds_are_named(tmp_path, write, read, other)
 @pytest.mark.parametrize("write", [interop.save_safetensors, interop.export, interop.export_onnx])
 def test_what_does_not_fit_together_is_not_written(tmp_path, unchecked, params, write):
     lanes = jax.tree.map(lambda leaf: np.stack([leaf, leaf]), params)
-    for wrong in (lanes, init_state(jax.random.key(0)), None):
+    state = init_state(jax.random.key(0), config=SMALL if write is interop.export else TrainConfig())
+    for wrong in (lanes, state, None):
         with pytest.raises(ValueError, match=r"params (must be those of one|do not fit the model)"):
             write(tmp_path / "network", wrong)
     for config in (SMALL, TrainConfig(model=Convolution())):

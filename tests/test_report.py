@@ -27,16 +27,17 @@ def history(*shape) -> History:
     return History(leaves[0], Metrics(leaves[1], leaves[2]), Metrics(leaves[3], leaves[4]))
 
 
-def test_table_has_mean_and_std_after_the_last_and_the_best_epoch():
-    arm = history(4, 5)
+def test_table_has_mean_and_std_of_the_final_the_last_and_the_best_epochs():
+    arm = history(4, 6)
     lines = report.table({"arm": arm}).splitlines()
     heading, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     names = ["training loss (running)", "training loss (eval mode)", "validation loss", "accuracy"]
     assert heading == ["arm", "epoch", *names]
     best = arm.validation.loss.argmin(axis=1)
-    epochs = {"last: 5": [4] * 4, f"best: {best.min() + 1}-{best.max() + 1}": best}
+    epochs = {"final: 2-6": None, "last: 6": [5] * 4, f"best: {best.min() + 1}-{best.max() + 1}": best}
     for row, (name, epoch) in zip(rows, epochs.items(), strict=True):
-        leaves = [leaf[np.arange(4), epoch] for leaf in (arm.running_loss, arm.train.loss, *arm.validation[:2])]
+        curves = (arm.running_loss, arm.train.loss, *arm.validation[:2])
+        leaves = [leaf[:, 1:].mean(axis=1) if epoch is None else leaf[np.arange(4), epoch] for leaf in curves]
         assert row == ["arm", name, *(f"{leaf.mean():.4f} ± {leaf.std(ddof=1):.4f}" for leaf in leaves)]
     assert "±" not in report.table({"one seed": history(1, 5)})
 

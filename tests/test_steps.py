@@ -206,7 +206,7 @@ def test_lane_axes_of_the_parameters_stay_in_front(data):
         stacked = jax.tree.map(lambda *leaves, axes=axes: jnp.stack(leaves).reshape(*axes, *leaves[0].shape), *lanes)
         metrics = evaluate(stacked, some, config=CONFIG)
         assert metrics.loss.shape == metrics.accuracy.shape == axes
-        close([leaf.ravel() for leaf in metrics], list(each), rtol=1e-6)
+        close([leaf.ravel() for leaf in metrics[:2]], list(each[:2]), rtol=1e-6)
 
 
 def test_parameters_that_do_not_fit_model_and_images_are_named(state, data):
