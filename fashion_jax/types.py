@@ -4,6 +4,7 @@ A leaf is an array whose axes grow in front: [epochs] for a run, [*hyperparamete
 """
 
 import dataclasses
+import importlib
 import reprlib
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -13,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
 if TYPE_CHECKING:
+    import pandas
     import xarray
 
 Params = dict[str, Any]
@@ -188,21 +190,20 @@ class Sweep:
         return Sweep(left, *parts) if left else Run(*parts)
 
     def to_xarray(self) -> "xarray.Dataset":
-        """Return the history as an `xarray.Dataset` whose dimensions are the axes and the epoch.
+        """Return the history as an `xarray.Dataset` of axes and epoch; needs the extra `xarray`."""
+        coordinates = self._coordinates()
+        curves = {name: (tuple(coordinates), np.asarray(curve)) for name, curve in self.history.curves().items()}
+        return _extra("xarray").Dataset(curves, coords=coordinates)
 
-        Raises:
-            ImportError: xarray is not installed; `pip install "fashion_jax[xarray]"` does it.
-        """
-        try:
-            import xarray
-        except ImportError as error:
-            raise ImportError('to_xarray needs xarray: pip install "fashion_jax[xarray]"') from error
-        dimensions = (*self.axes, "epoch")
+    def to_dataframe(self) -> "pandas.DataFrame":
+        """Return the history as a `pandas.DataFrame`, one row for each run and epoch; needs the extra `pandas`."""
+        coordinates = self._coordinates()
+        rows = _extra("pandas").MultiIndex.from_product(coordinates.values(), names=coordinates).to_frame(index=False)
+        return rows.assign(**{name: np.ravel(curve) for name, curve in self.history.curves().items()})
+
+    def _coordinates(self) -> dict[str, Any]:
         epochs = range(1, np.shape(self.history.running_loss)[-1] + 1)
-        return xarray.Dataset(
-            {name: (dimensions, np.asarray(curve)) for name, curve in self.history.curves().items()},
-            coords={**{name: list(values) for name, values in self.axes.items()}, "epoch": epochs},
-        )
+        return {**{name: list(values) for name, values in self.axes.items()}, "epoch": epochs}
 
     def __repr__(self) -> str:
         axes = ", ".join(f"{name}={reprlib.repr(values)}" for name, values in self.axes.items())
@@ -221,6 +222,13 @@ def variables(params: Trained) -> dict[str, Any]:
     if isinstance(params, (TrainState, Best)):
         return {"params": params.params, **params.collections}
     return {"params": params}
+
+
+def _extra(package: str) -> Any:
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise ImportError(f'this needs {package}: pip install "fashion_jax[{package}]"') from error
 
 
 def _shape(array: Any) -> str:

@@ -58,10 +58,18 @@ def test_to_xarray_names_dimensions_and_curves(result):
     assert len(dataset.to_dataframe()) == 2 * 3 * 4 * 5
 
 
-def test_without_xarray_the_error_says_how_to_install_it(result, monkeypatch):
+def test_to_dataframe_has_a_row_for_each_run_and_epoch(result, monkeypatch):
+    pandas = pytest.importorskip("pandas")
+    expected = result.to_xarray().to_dataframe().reset_index()
     monkeypatch.setitem(sys.modules, "xarray", None)
-    with pytest.raises(ImportError, match=r'pip install "fashion_jax\[xarray\]"'):
-        result.to_xarray()
+    pandas.testing.assert_frame_equal(result.to_dataframe(), expected)
+
+
+@pytest.mark.parametrize(("package", "method"), [("xarray", Sweep.to_xarray), ("pandas", Sweep.to_dataframe)])
+def test_a_missing_package_is_an_error_that_says_how_to_install_it(result, monkeypatch, package, method):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=rf'pip install "fashion_jax\[{package}\]"'):
+        method(result)
 
 
 def test_rows_are_one_flat_dictionary_a_run(result):
