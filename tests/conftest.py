@@ -8,6 +8,8 @@ from fashion_jax.types import Batch, Run, Splits
 
 # PyTorch's threads spin while they wait for each other: beside another worker, longer than they work.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Loggers report to nobody but the test.
+os.environ |= {"WANDB_MODE": "offline", "WANDB_ERROR_REPORTING": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
 
 # Silent broadcasting between ranks hides mistakes: a loss of shape [n, n] still averages to a number.
 jax.config.update("jax_numpy_rank_promotion", "raise")
