@@ -7,7 +7,7 @@ from typing import Any, Literal
 import jax
 import optax
 
-from fashion_jax import FashionMLP, JsonLines, Progress, TrainConfig, devices, evaluate, predict, report, sweep
+from fashion_jax import FashionMLP, JsonLines, Progress, TrainConfig, evaluate, predict, report, sweep, use_all_cores
 from fashion_jax.data import CLASS_NAMES, hold_out, load, subset
 from fashion_jax.evidence import drop_diverged, judge
 from fashion_jax.plot import classification, losses, samples
@@ -32,15 +32,11 @@ class Flags:
     log: Path | None = None  # File to append every epoch's metrics to, as JSON lines.
     data_dir: Path | None = None  # Directory with the data set.
     output: Path = Path("runs/compare_overfit")  # Directory to write to.
-    coordinator: str | None = None  # With several machines, host:port of process 0; run the same command on each.
-    processes: int | None = None  # With several machines, how many processes there are.
-    process: int | None = None  # With several machines, the number of this one, from 0.
+    distributed: bool = False  # Train together with the other tasks of a SLURM or Open MPI job, or of a TPU slice.
 
 
 def main(flags: Flags) -> None:
-    devices.use_all_cores()
-    if flags.coordinator or flags.processes or flags.process:
-        devices.join_machines(flags.coordinator, flags.processes, flags.process)
+    use_all_cores()
     train, validation = splits = load(data_dir=flags.data_dir)
     with flag("--holdout, --train-size"):
         if flags.holdout:
@@ -54,9 +50,6 @@ def main(flags: Flags) -> None:
     result = sweep(
         train, validation, seeds=range(flags.seeds), dropout_rate=flags.rates, learning_rate=flags.learning_rate, **how
     )
-    if jax.process_index() > 0:
-        return
-
     arms = {f"dropout {rate:g}" if rate else "no dropout": result.at(dropout_rate=rate) for rate in flags.rates}
     histories = drop_diverged({name: arm.history for name, arm in arms.items()})
     tables: dict[str, Any] = {"Mean ± std over seeds; losses in nats:": report.table(histories)}

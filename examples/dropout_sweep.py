@@ -21,6 +21,7 @@ class Flags:
     seeds: int = 3  # Number of seeds, from 0.
     epochs: int = 30  # Passes over the training set, whatever its size.
     checkpoint: Path | None = None  # Directory to save every epoch to; the same command resumes from there.
+    distributed: bool = False  # Train together with the other tasks of a SLURM or Open MPI job, or of a TPU slice.
     data_dir: Path | None = None  # Directory with the data set.
     output: Path = Path("runs/dropout_sweep")  # Directory to write to.
 

@@ -1,6 +1,7 @@
 """Callbacks for `fit` and `sweep`: progress on the screen, epochs as JSON lines, early stopping.
 
-A callback is any function of an `EpochEnd`; the run ends after an epoch for which one returns True.
+A callback is any function of an `EpochEnd`; the run ends after an epoch for which one returns True. With several
+processes each one calls its callbacks; those of this module write in the first one alone.
 
 >>> import tempfile, jax
 >>> from fashion_jax import Batch, fit
@@ -21,6 +22,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from fashion_jax import _checks
@@ -85,6 +87,8 @@ class Progress:
 
     def __call__(self, end: EpochEnd) -> None:
         """Show one epoch."""
+        if jax.process_index() > 0:
+            return
         # A closed file raises ValueError, and standard error may be None.
         with contextlib.suppress(OSError, ValueError):
             if file := self._file or sys.stderr:
@@ -135,6 +139,8 @@ class JsonLines:
 
     def __call__(self, end: EpochEnd) -> None:
         """Append the lines of one epoch."""
+        if jax.process_index() > 0:
+            return
         rows = [self._entries | {k: None if v != v else v for k, v in row.items()} for row in end.rows()]
         content = "".join(json.dumps(row) + "\n" for row in rows).encode()
         with self._path.open("a+b") as file:

@@ -70,7 +70,9 @@ def join_machines(coordinator: str | None = None, processes: int | None = None, 
     except ValueError as error:  # The launcher's variables are missing, or only some of them are set.
         if any(given):
             raise
-        raise ValueError(f"pass coordinator, processes and process; JAX could not find them: {error}") from error
+        raise ValueError(
+            f"start with srun or mpirun, or pass coordinator, processes and process; JAX found no launcher: {error}"
+        ) from error
 
 
 class Lanes:

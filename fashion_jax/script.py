@@ -11,10 +11,12 @@ from typing import Any, NoReturn
 
 import tyro
 
-from fashion_jax import files, plot, report
+from fashion_jax import devices, files, plot, report
 from fashion_jax.types import History
 
 INTERRUPTED = 130
+# The number of tasks that the launcher has started together: SLURM's srun, Open MPI's mpirun.
+LAUNCHED = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
 USERS_ERRORS = (ValueError, OSError, MemoryError, FloatingPointError, ImportError)
 logger: logging.Logger = logging.getLogger(__name__)
 
@@ -22,13 +24,17 @@ logger: logging.Logger = logging.getLogger(__name__)
 def run_script(
     main: Callable[[Any], int | None], flags_type: type, description: str | None, **options: Any
 ) -> NoReturn:
-    """Parse flags, run `main(flags)`, and exit: with its status, 1 after an error, 130 after Ctrl-C."""
+    """Parse flags, run `main(flags)`, and exit: with its status, 1 after an error, 130 after Ctrl-C.
+
+    With `flags.distributed` the tasks of a job train together. Without it only one task may write to `flags.output`.
+    """
     flags = tyro.cli(flags_type, description=description, **options)
     logging.basicConfig(format="%(message)s")
     logging.getLogger("fashion_jax").setLevel(logging.INFO)
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
         if output := getattr(flags, "output", None):
+            _join_tasks(flags)
             output.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=output).close()
         status = main(flags)
@@ -49,6 +55,16 @@ def run_script(
             raise
         status = 1
     sys.exit(status)
+
+
+def _join_tasks(flags: Any) -> None:
+    tasks = max(int(os.environ.get(name, "1")) for name in LAUNCHED)
+    if getattr(flags, "distributed", False):
+        with flag("--distributed"):
+            devices.join_machines()
+    elif tasks > 1:
+        advice = "pass --distributed, or start one task" if hasattr(flags, "distributed") else "start one task"
+        raise ValueError(f"{tasks} tasks of this job would write to {flags.output}; {advice}")
 
 
 def _has_devices() -> bool:
@@ -76,7 +92,14 @@ def exit_if_interrupted(history: History, epochs: int) -> None:
 
 
 def publish(flags: Any, tables: Mapping[str, Any], figures: Mapping[str, Any], **records: Mapping[str, Any]) -> None:
-    """Write each record as JSON, the tables as report.md and the figures as PNG to `flags.output`; print the tables."""
+    """Write each record as JSON, the tables as report.md and the figures as PNG to `flags.output`; print the tables.
+
+    Of several processes the first one does so.
+    """
+    import jax
+
+    if jax.process_index() > 0:
+        return
     for name, record in records.items():
         about = {"environment": report.environment(), "flags": flags}
         files.write(flags.output / f"{name}.json", report.as_json({**about, **record}))

@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -36,10 +37,11 @@ def start(tmp_path):
     cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     with contextlib.ExitStack() as stack:
 
-        def start(*flags: str) -> subprocess.Popen:
+        def start(*flags: str, **variables: str) -> subprocess.Popen:
             command = [sys.executable, "-c", START, "examples/compare_overfit.py", *" ".join(flags).split()]
             pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-            process = stack.enter_context(subprocess.Popen(command, cwd=ROOT, env=os.environ | cache, **pipes))
+            environment = os.environ | cache | variables
+            process = stack.enter_context(subprocess.Popen(command, cwd=ROOT, env=environment, **pipes))
             stack.callback(process.kill)
             return process
 
@@ -109,6 +111,33 @@ def test_compare_gives_the_same_report_however_often_it_is_stopped(start, tmp_pa
     assert len(results["test"]) == 3 * 2
 
 
+def test_two_tasks_of_a_job_give_the_result_of_one(start, tmp_path):
+    """The variables are those of Open MPI's mpirun."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        launcher = {
+            "OMPI_MCA_orte_hnp_uri": "0.0;tcp://127.0.0.1:1",
+            "JAX_COORDINATOR_PORT": str(probe.getsockname()[1]),
+        }
+    flags = "--epochs 1 --seeds 3 --rates 0 0.5 --train-size 300 --hidden 16"
+    ranks = [{"OMPI_COMM_WORLD_RANK": i, "OMPI_COMM_WORLD_LOCAL_RANK": i, "OMPI_COMM_WORLD_SIZE": "2"} for i in "01"]
+    shared = f"{flags} --distributed --checkpoint {tmp_path}/saved --log {tmp_path}/log --output {tmp_path}/two"
+    tasks = [start(shared, **launcher, **rank) for rank in ranks]
+    (out, errors), (other_out, other_errors) = (task.communicate(timeout=300) for task in tasks)
+    assert [task.returncode for task in tasks] == [0, 0], errors + other_errors
+    assert errors.count("epoch 1/1") == 1
+    assert "epoch 1/1" not in other_errors
+    # Gloo, by which CPUs of several processes talk, prints what it connects.
+    assert cells(other_out) == []
+    assert len((tmp_path / "log").read_text().splitlines()) == 6
+
+    one = start(flags, f"--output {tmp_path}/one")
+    printed = one.communicate(timeout=300)[0]
+    assert (one.returncode, printed in out, "| dropout raises accuracy" in printed) == (0, True, True)
+    together, alone = (json.loads((tmp_path / name / "history.json").read_text())["arms"] for name in ("two", "one"))
+    assert together == alone
+
+
 @pytest.fixture
 def run(monkeypatch, capsys, caplog, splits, tmp_path, unchecked):
     """Run an example here, on 1,200 and 300 images; return its exit status, what it printed, and what it logged."""
@@ -168,6 +197,26 @@ def test_bad_flags_are_named_in_one_line(run, tmp_path, name, flags, message):
     assert re.search(f"error: .*{message}", error)
     assert "epoch 1/" not in log
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("variable", ["SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"])
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [("compare_overfit", "pass --distributed, or start one task"), ("calibration", "start one task")],
+)
+def test_tasks_that_do_not_train_together_are_refused(run, monkeypatch, tmp_path, variable, name, advice):
+    monkeypatch.setenv(variable, "2")
+    status, text, log = run(name, f"--output {tmp_path}/out")
+    assert (status, text) == (1, "")
+    assert log.endswith(f"error: 2 tasks of this job would write to {tmp_path}/out; {advice}\n")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_process_without_a_launcher_is_told_to_use_one(start, tmp_path):
+    process = start(f"--distributed --output {tmp_path}")
+    out, errors = process.communicate(timeout=300)
+    assert (process.returncode, out, errors.count("\n")) == (1, "", 1)
+    assert errors.startswith("error: --distributed: start with srun or mpirun, or pass ")
 
 
 def test_dropout_sweep_chooses_on_a_hold_out(run, tmp_path):

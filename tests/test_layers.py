@@ -13,8 +13,8 @@ PACKAGE = Path(fashion_jax.__file__).parent
 # Each module imports only what stands before it; what reads results stands before what makes them.
 PLACES = """
 types _checks _threefry _convolution files augment images calibration evidence report plot callbacks
-loggers model networks nnx _model_checks config hyperparameters steps catalog sources data devices checkpoint train inference
-interop script
+loggers model networks nnx _model_checks config hyperparameters steps catalog sources data devices checkpoint train
+inference interop script
 """
 ORDER = PLACES.split()
 # Slow to import, or not in every installation.
