@@ -104,8 +104,8 @@ class JaxFit(Program):
         self.fit = partial(fit, data.train, data.validation, key=self.key, config=config, dropout_rate=RATE)
 
     def epoch(self) -> float:
-        self.state, steps = train_epoch(self.state, self.train, self.key, config=self.config, dropout_rate=RATE)
-        return steps.loss.mean().item()
+        self.state, losses = train_epoch(self.state, self.train, self.key, config=self.config, dropout_rate=RATE)
+        return losses.mean().item()
 
     def turn(self) -> Turn:
         return Turn(*harness.timed(self.epoch), harness.second_epoch(self.fit))

@@ -15,7 +15,7 @@ import optax
 
 from fashion_jax import _checks, types
 from fashion_jax.model import FashionMLP
-from fashion_jax.types import Batch, Best, Metrics, TrainState
+from fashion_jax.types import Batch, Best, Measured, TrainState
 
 
 def structure(config: Any) -> None:
@@ -40,10 +40,10 @@ def structure(config: Any) -> None:
         raise TypeError(f"metrics must be a dictionary of functions, got {_checks.got(config.metrics)}")
     for name, function in config.metrics:
         found = config.metrics_of("log_probs", "labels") | config.metrics_of("grads", "updates")
-        if name not in found or name in Metrics._fields:
+        if name not in found or name in Measured._fields:
             raise TypeError(
                 f"metrics[{name!r}] must be a function of log_probs and labels, or of grads and updates, and not be "
-                f"called {' or '.join(Metrics._fields[:2])}; got {_checks.got(function)}"
+                f"called {' or '.join(Measured._fields)}; got {_checks.got(function)}"
             )
     try:
         hash(config)

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from fashion_jax import _model_checks
 from fashion_jax.model import FashionMLP
+from fashion_jax.types import Measured, Metrics
 
 
 def negative_log_likelihood(
@@ -80,3 +81,8 @@ class TrainConfig:
     def metrics_of(self, *arguments: str) -> dict[str, Callable[..., Any]]:
         """Return those of `metrics` that are functions of the named arguments."""
         return {name: f for name, f in dict(self.metrics).items() if {*arguments} <= {*inspect.signature(f).parameters}}
+
+    def measure(self, metrics: Metrics, **given: Any) -> Metrics | Measured:
+        """Add those of `metrics` that are functions of the given arguments."""
+        others = {name: function(**given) for name, function in self.metrics_of(*given).items()}
+        return Measured(*metrics, others) if others else metrics

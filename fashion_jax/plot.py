@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 from fashion_jax import _checks, files
-from fashion_jax.evidence import Interval
+from fashion_jax.evidence import Interval, Verdict
 from fashion_jax.types import History
 
 if TYPE_CHECKING:
@@ -22,10 +22,11 @@ if TYPE_CHECKING:
     import matplotlib.figure
 
 # Colors of middle lightness, which contrast with white and with black.
+_BLUE = "#3b78c2"
 _CURVES: dict[str, dict[str, Any]] = {
     "training loss (running)": {"color": "#d98c1f", "linestyle": ":", "linewidth": 2.2},
     "training loss (eval mode)": {"color": "#d1443c", "linestyle": "--", "linewidth": 1.6},
-    "validation loss": {"color": "#3b78c2", "linestyle": "-", "linewidth": 2},
+    "validation loss": {"color": _BLUE, "linestyle": "-", "linewidth": 2},
 }
 
 
@@ -102,11 +103,40 @@ def intervals(panels: Mapping[str, Mapping[str, Interval]], *, columns: int = 3)
     for axes, (label, measured) in zip(grid.flat, panels.items(), strict=False):
         means, places = np.array([value.mean for value in measured.values()]), range(len(measured))
         bars = [(value.mean - value.low, value.high - value.mean) for value in measured.values()]
-        axes.errorbar(
-            means, places, xerr=np.transpose(bars), fmt="o", color=_CURVES["validation loss"]["color"], capsize=3
-        )
+        axes.errorbar(means, places, xerr=np.transpose(bars), fmt="o", color=_BLUE, capsize=3)
         axes.set_yticks(places, measured, parse_math=False)
         axes.set(xlabel=label, ylim=(len(measured) - 0.5, -0.5))
+        axes.grid(axis="x", alpha=0.3)
+    return figure
+
+
+def claims(verdicts: Sequence[Verdict]) -> "matplotlib.figure.Figure":
+    """Draw each claim with its answer and its 95% interval, losses above accuracies.
+
+    The grey band is the margin within which a difference means nothing, the dotted line where a claim begins to hold.
+
+    >>> from fashion_jax.evidence import compare
+    >>> figure = claims([compare("it helps", np.array([0.9, 0.91]), np.array([0.8, 0.82]), quantity="final accuracy")])
+    >>> figure.axes[0].get_yticklabels()[0].get_text()
+    'it helps: supported'
+    """
+    from matplotlib.figure import Figure
+
+    of_accuracy = [verdict for verdict in verdicts if "accuracy" in verdict.quantity]
+    of_loss = [verdict for verdict in verdicts if verdict not in of_accuracy]
+    panels = {name: part for name, part in {"nats": of_loss, "accuracy": of_accuracy}.items() if part}
+    figure = Figure(figsize=(9, 1 + 0.4 * len(verdicts) + 0.6 * len(panels)), layout="constrained")
+    grid = figure.subplots(len(panels), squeeze=False, height_ratios=[1 + len(part) for part in panels.values()])
+    for axes, (unit, part) in zip(grid.flat, panels.items(), strict=True):
+        for place, verdict in enumerate(part):
+            mean, low, high, *_ = verdict.interval
+            band = {"color": "#999999", "alpha": 0.3, "linewidth": 0}
+            axes.fill_betweenx([place - 0.4, place + 0.4], -verdict.margin, verdict.margin, **band)
+            axes.plot(2 * [verdict.threshold], [place - 0.4, place + 0.4], ":", color="#888888", linewidth=1.5)
+            axes.errorbar(mean, place, xerr=[[mean - low], [high - mean]], fmt="o", color=_BLUE, capsize=4)
+        labels = [f"{verdict.claim}: {verdict.answer}" for verdict in part]
+        axes.set_yticks(range(len(part)), labels, parse_math=False)
+        axes.set(ylim=(len(part) - 0.5, -0.5), xlabel=f"mean and 95% interval over seeds ({unit})")
         axes.grid(axis="x", alpha=0.3)
     return figure
 

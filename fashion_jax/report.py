@@ -48,7 +48,7 @@ def as_json(record: Any) -> str:
             as flags or a `TrainConfig`, without `PLACES`. NaN and infinity become null, everything else its text.
 
     >>> json.loads(as_json({"plain": Metrics(np.array([0.5, np.nan]), np.array([0.8, 0.9]))}))
-    {'plain': {'loss': [0.5, None], 'accuracy': [0.8, 0.9], 'others': {}}}
+    {'plain': {'loss': [0.5, None], 'accuracy': [0.8, 0.9]}}
     """
     return json.dumps(_plain(record), indent=1, allow_nan=False) + "\n"
 

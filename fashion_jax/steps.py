@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Key
 from fashion_jax import _convolution, _model_checks
 from fashion_jax.config import TrainConfig, negative_log_likelihood
 from fashion_jax.hyperparameters import compose, compose_model
-from fashion_jax.types import Batch, Metrics, Params, Trained, TrainState, variables
+from fashion_jax.types import Batch, Measured, Metrics, Params, Trained, TrainState, variables
 
 Number = float | Float[Array, ""]
 
@@ -51,7 +51,7 @@ def train_epoch(
     *,
     config: TrainConfig = TrainConfig(),
     **hyperparameters: Number,
-) -> tuple[TrainState, Metrics]:
+) -> tuple[TrainState, Any]:
     """Train on every example once, in a new random order, as one program.
 
     Args:
@@ -62,11 +62,12 @@ def train_epoch(
         **hyperparameters: Traced.
 
     Returns:
-        The state ceil(n / batch_size) steps later, and each step's metrics, leaves [steps].
+        The state ceil(n / batch_size) steps later, and each batch's loss, [steps]; with metrics of steps, a `Measured`
+        in place of the losses.
 
     >>> train = Batch(jnp.zeros((5, 28, 28), jnp.uint8), jnp.arange(5))
-    >>> state, metrics = train_epoch(init_state(jax.random.key(0)), train, jax.random.key(0))
-    >>> int(state.step), metrics.loss.shape
+    >>> state, losses = train_epoch(init_state(jax.random.key(0)), train, jax.random.key(0))
+    >>> int(state.step), losses.shape
     (1, (1,))
     """
     n, size = len(train.labels), min(config.batch_size, len(train.labels))
@@ -82,7 +83,8 @@ def train_epoch(
     def step(state, inputs):
         indices, weights, key = inputs
         batch = jax.tree.map(lambda leaf: leaf[indices], train)
-        return train_step(state, batch, key, config=config, weights=weights, **hyperparameters)
+        state, metrics = train_step(state, batch, key, config=config, weights=weights, **hyperparameters)
+        return state, metrics if isinstance(metrics, Measured) else metrics.loss
 
     state, metrics = jax.lax.scan(step, state, (indices, weights, keys[: len(indices)]))
     if scanned < n:
@@ -100,7 +102,7 @@ def train_step(
     config: TrainConfig = TrainConfig(),
     weights: Float[Array, " n"] | None = None,
     **hyperparameters: Number,
-) -> tuple[TrainState, Metrics]:
+) -> tuple[TrainState, Metrics | Measured]:
     """Take one optimizer step on the mean loss of a batch, dropout on.
 
     Args:
@@ -139,16 +141,14 @@ def train_step(
     asked = {"value": loss, "grad": grads, "value_fn": value, "obj_fn": value}
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params, **asked)
     params = cast(Params, optax.apply_updates(state.params, updates))
-    measures = {
-        name: measure(grads=grads, updates=updates) for name, measure in config.metrics_of("grads", "updates").items()
-    }
-    return TrainState(params, opt_state, state.step + 1, collections), metrics._replace(others=measures)
+    state = TrainState(params, opt_state, state.step + 1, collections)
+    return state, config.measure(metrics, grads=grads, updates=updates)
 
 
 @functools.partial(jax.jit, static_argnames="config")
 def evaluate(
     params: Trained, batch: Batch, *, config: TrainConfig = TrainConfig(), **hyperparameters: Number
-) -> Metrics:
+) -> Metrics | Measured:
     """Compute loss, accuracy and `config.metrics` on a data set of any size, dropout off, every example counted once.
 
     Args:
@@ -179,11 +179,8 @@ def evaluate(
 
         totals, log_probs = jax.lax.map(on_chunk, chunks)
         log_probs = log_probs.reshape(-1, log_probs.shape[-1])[:n]
-        others = {
-            name: measure(log_probs=log_probs, labels=batch.labels)
-            for name, measure in config.metrics_of("log_probs", "labels").items()
-        }
-        return jax.tree.map(lambda total: total.sum() / n, totals)._replace(others=others)
+        metrics = jax.tree.map(lambda total: total.sum() / n, totals)
+        return config.measure(metrics, log_probs=log_probs, labels=batch.labels)
 
     over_lanes, found = evaluate_one, variables(params)
     for _ in range(_model_checks.variables(found, _model_checks.variable_shapes(config.model, batch.images.shape[1:]))):

@@ -24,7 +24,7 @@ from fashion_jax.data import subset
 from fashion_jax.devices import Lanes
 from fashion_jax.hyperparameters import complete
 from fashion_jax.steps import eval_step, evaluate, init_state, train_epoch, train_step
-from fashion_jax.types import Batch, Best, History, Metrics, Run, Sweep, TrainState
+from fashion_jax.types import Batch, Best, History, Measured, Metrics, Run, Sweep, TrainState
 
 __all__ = ["eval_step", "evaluate", "fit", "init_state", "sweep", "train_epoch", "train_step"]
 logger: logging.Logger = logging.getLogger(__name__)
@@ -88,19 +88,8 @@ def fit(
     ((2,), 4)
     """
     lane = {name: _checks.number(name, value) for name, value in hyperparameters.items()}
-    return _train(
-        train,
-        validation,
-        lanes=[(_checks.key(key), lane)],
-        axes={},
-        config=config,
-        epochs=epochs,
-        start=start,
-        callbacks=callbacks,
-        checkpoint=checkpoint,
-        devices=jax.local_devices()[:1],
-        lanes_at_once=1,
-    )
+    lanes, here = [(_checks.key(key), lane)], jax.local_devices()[:1]
+    return _train(train, validation, config, epochs, callbacks, checkpoint, lanes, {}, here, 1, start)
 
 
 def sweep(
@@ -151,24 +140,15 @@ def sweep(
         for *values, seed in itertools.product(*varied.values(), seeds)
     ]
     axes = varied | {"seed": seeds}
-    run = _train(
-        train,
-        validation,
-        lanes=lanes,
-        axes=axes,
-        config=config,
-        epochs=epochs,
-        start=None,
-        callbacks=callbacks,
-        checkpoint=checkpoint,
-        devices=jax.devices() if devices is None else devices,
-        lanes_at_once=lanes_at_once if lanes_at_once is None else _checks.integer("lanes_at_once", lanes_at_once, 1),
-    )
+    devices = jax.devices() if devices is None else devices
+    if lanes_at_once is not None:
+        lanes_at_once = _checks.integer("lanes_at_once", lanes_at_once, 1)
+    run = _train(train, validation, config, epochs, callbacks, checkpoint, lanes, axes, devices, lanes_at_once)
     return Sweep(axes, *run)
 
 
 def _train(
-    train, validation, *, lanes, axes, config, epochs, start, callbacks, checkpoint, devices, lanes_at_once
+    train, validation, config, epochs, callbacks, checkpoint, lanes, axes, devices, lanes_at_once, start=None
 ) -> Run:
     """Check the arguments that `fit` and `sweep` share, and run; leaves [*axes, ...]."""
     if not isinstance(config, TrainConfig):
@@ -225,9 +205,11 @@ def _run_epochs(runs: Lanes, carry: Carry, store: Any, epochs: int, callbacks, a
 
     fixed = {name: value for name, value in numbers.items() if name not in axes}
     none = np.empty((runs.count, 0), jnp.result_type(float))
-    evaluations = Metrics(none, none, dict.fromkeys(runs.config.metrics_of("log_probs", "labels"), none))
-    steps = dict.fromkeys(runs.config.metrics_of("grads", "updates"), none)
-    saved, run = store.restore(Run(carry.state, History(none, evaluations, evaluations, steps), carry.best))
+    of_evaluations, of_steps = (
+        dict.fromkeys(runs.config.metrics_of(*names), none) for names in (("log_probs", "labels"), ("grads", "updates"))
+    )
+    metrics = Measured(none, none, of_evaluations) if of_evaluations else Metrics(none, none)
+    saved, run = store.restore(Run(carry.state, History(none, metrics, metrics, of_steps), carry.best))
     # One name for both, so that a Ctrl-C at any moment finds them from the same epoch.
     progress = (runs.place(Carry(run.state, run.best)) if saved else carry, run.history)
     if saved > epochs:
@@ -283,7 +265,8 @@ def _epoch(key, numbers, carry: Carry, turn, data: Data, *, config: TrainConfig)
     else:
         nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(measure))
         on_train, on_validation = jax.lax.cond(evaluated, measure, lambda: nothing)
-    loss, *_, others = jax.tree.map(jnp.mean, steps)
+    measured = jax.tree.map(jnp.mean, steps)
+    loss, others = (measured.loss, measured.others) if isinstance(measured, Measured) else (measured, {})
     finite = jnp.isfinite(loss + on_train.loss + on_validation.loss)
     better = finite & evaluated & (on_validation.loss < carry.best.loss)
     # Conditions on whole trees: a select for each leaf takes longer to compile.

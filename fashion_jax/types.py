@@ -43,11 +43,18 @@ class Splits(NamedTuple):
 
 
 class Metrics(NamedTuple):
-    """Mean negative log likelihood in nats, fraction of examples classified correctly, and `TrainConfig.metrics`."""
+    """Mean negative log likelihood in nats, and the fraction of examples classified correctly."""
 
     loss: Float[Array | np.ndarray, "*axes"]
     accuracy: Float[Array | np.ndarray, "*axes"]
-    others: Mapping[str, Float[Array | np.ndarray, "*axes"]] = {}
+
+
+class Measured(NamedTuple):
+    """`Metrics`, and by name those of `TrainConfig.metrics`, where it has any."""
+
+    loss: Float[Array | np.ndarray, "*axes"]
+    accuracy: Float[Array | np.ndarray, "*axes"]
+    others: Mapping[str, Float[Array | np.ndarray, "*axes"]]
 
 
 class History(NamedTuple):
@@ -62,8 +69,8 @@ class History(NamedTuple):
     """
 
     running_loss: Float[Array | np.ndarray, "*axes"]
-    train: Metrics
-    validation: Metrics
+    train: Metrics | Measured
+    validation: Metrics | Measured
     steps: Mapping[str, Float[Array | np.ndarray, "*axes"]] = {}
 
     def curves(self) -> dict[str, Any]:
@@ -78,8 +85,8 @@ class History(NamedTuple):
             "train_accuracy": self.train.accuracy,
             "validation_loss": self.validation.loss,
             "validation_accuracy": self.validation.accuracy,
-            **{f"train_{name}": curve for name, curve in self.train.others.items()},
-            **{f"validation_{name}": curve for name, curve in self.validation.others.items()},
+            **{f"train_{name}": curve for name, curve in getattr(self.train, "others", {}).items()},
+            **{f"validation_{name}": curve for name, curve in getattr(self.validation, "others", {}).items()},
             **self.steps,
         }
 

@@ -36,7 +36,7 @@ def test_table_has_mean_and_std_of_the_final_the_last_and_the_best_epochs():
     best = arm.validation.loss.argmin(axis=1)
     epochs = {"final: 2-6": None, "last: 6": [5] * 4, f"best: {best.min() + 1}-{best.max() + 1}": best}
     for row, (name, epoch) in zip(rows, epochs.items(), strict=True):
-        curves = (arm.running_loss, arm.train.loss, *arm.validation[:2])
+        curves = (arm.running_loss, arm.train.loss, *arm.validation)
         leaves = [leaf[:, 1:].mean(axis=1) if epoch is None else leaf[np.arange(4), epoch] for leaf in curves]
         assert row == ["arm", name, *(f"{leaf.mean():.4f} ± {leaf.std(ddof=1):.4f}" for leaf in leaves)]
     assert "±" not in report.table({"one seed": history(1, 5)})
