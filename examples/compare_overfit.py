@@ -58,8 +58,8 @@ def main(flags: Flags) -> None:
     curves = report.read_curves(REFERENCE) if flags.reference else {}
     reference = {name: curves[rate] for name, rate in zip(arms, flags.rates, strict=True) if rate in curves}
     figures, tested, plain = {"losses": losses(histories, reference=reference)}, {}, histories.get("no dropout")
-    dropped = {name: arm for name, arm in histories.items() if name != "no dropout"} if plain else {}
-    verdicts = {name: judge(plain, arm, name=name) for name, arm in dropped.items()}
+    dropped = {name: arm for name, arm in histories.items() if arm is not plain}
+    verdicts = {} if plain is None else {name: judge(plain, arm, name=name) for name, arm in dropped.items()}
     for name, of_arm in verdicts.items():
         tables[f"No dropout against {name}:"] = report.verdicts(of_arm)
         figures[f"claims_{name.split()[1]}" if len(verdicts) > 1 else "claims"] = claims(of_arm)

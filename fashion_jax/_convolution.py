@@ -17,7 +17,7 @@ from jaxtyping import Array
 def convolve(images: Array, kernel: Array, *args: Any, **options: Any) -> Array:
     """Compute `jax.lax.conv_general_dilated`, for `conv_general_dilated=` of `nn.Conv` or `nnx.Conv`.
 
-    >>> images, kernel = np.ones((1, 4, 4, 2), np.float32), np.ones((3, 3, 2, 5), np.float32)
+    >>> images, kernel = jax.numpy.ones((1, 4, 4, 2)), jax.numpy.ones((3, 3, 2, 5))
     >>> convolve(images, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")).shape
     (1, 4, 4, 5)
     """

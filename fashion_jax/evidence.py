@@ -17,7 +17,7 @@ from fashion_jax.types import History
 
 LEVEL = 0.95
 # Halves of the seeds that choose epochs for each other are not quite independent: Student's intervals cover the truth
-# in 91 to 96% of cases, intervals wider by this factor in 95 to 98% (simulated in the tests).
+# in 91 to 94% of cases, intervals wider by this factor in 94 to 96% (simulated in the tests).
 CHOSEN_WIDTH = 1.15
 # "Final" is the mean of as many epochs at the end: single epochs are noisy, and a seed hardly differs from another.
 LAST = 5

@@ -15,7 +15,7 @@ from fashion_jax._threefry import uniform
 
 
 class Dropout(nnx.Module):
-    """Zero each entry with probability `rate` and scale the others by 1 / (1 - rate), like `fashion_jax.Dropout`.
+    """Zero each entry with probability `rate` and scale the others by 1 / (1 - rate), like `fashion_jax.model.Dropout`.
 
     Unlike that of `flax.nnx.Dropout`, the rate may be traced. `train()` and `eval()` of a module switch it on and off.
 
@@ -29,9 +29,9 @@ class Dropout(nnx.Module):
     """
 
     def __init__(self, rate: float | Float[Array, ""], *, rngs: nnx.Rngs):
-        self.rate = _checks.rate("rate", rate)
-        self.rngs = rngs["dropout"].fork()
-        self.deterministic = False
+        self.rate: Any = _checks.rate("rate", rate)
+        self.rngs: nnx.RngStream = rngs["dropout"].fork()
+        self.deterministic: bool = False
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """Apply dropout to `x`, or return it unchanged if `deterministic`."""

@@ -85,7 +85,7 @@ def test_an_evaluation_left_out_changes_nothing_but_the_history(data, tmp_path, 
     assert "epoch 5/7: training loss (running) " in capfd.readouterr().err
     # Evidence, tables and pictures take the epochs that there are.
     arm = jax.tree.map(lambda leaf: leaf[None], seldom.history)
-    assert f"last: 7 | {often.history.running_loss[-1]:.4f}" in table({"arm": arm})
+    assert f"| last: 7    | {often.history.running_loss[-1]:.4f} " in table({"arm": arm})
     assert judge(arm, arm)[0].interval.mean == pytest.approx(
         seldom.history.validation.loss[-1] - np.nanmin(seldom.history.validation.loss), abs=0.1
     )
