@@ -41,7 +41,7 @@ import numpy as np
 from IPython.display import Markdown, display, update_display
 
 from fashion_jax import CLASS_NAMES, Batch, Dropout, FashionMLP, judge, load, predict, subset, sweep, use_all_cores
-from fashion_jax.evidence import best_epochs, interval, paired
+from fashion_jax.evidence import best_epochs, interval, paired, summarize
 from fashion_jax.plot import classification, losses, samples
 from fashion_jax.report import markdown, mean_and_std, table, verdicts
 from fashion_jax.steps import init_state, train_step
@@ -336,7 +336,8 @@ for title, arm in arms.items():
 display(Markdown(markdown(rows)))
 
 # %% [markdown]
-# And this is everything, at the last epoch and at each run's epoch with the lowest validation loss; losses are in nats:
+# And this is everything, losses in nats. "Final" is the mean of the last five epochs, "last" the last one alone, and
+# "best" each run's epoch with the lowest validation loss:
 
 # %%
 display(Markdown(table(arms)))
@@ -370,10 +371,11 @@ display(picture(wrong[0]))
 # %% [markdown]
 # ## 8. Does dropout prevent overfitting?
 #
-# Look at the final loss of each seed, and at the difference that dropout makes.
+# Look at the final loss of each seed, and at the difference that dropout makes. A loss jumps from epoch to epoch, so the
+# last epoch alone is mostly noise. From here on, "final" is the mean of the last five epochs.
 
 # %%
-without, with_dropout = plain.validation.loss[:, -1], dropout.validation.loss[:, -1]
+without, with_dropout = summarize(plain).final_loss, summarize(dropout).final_loss
 difference = with_dropout - without
 rows = [("seed", "final validation loss without dropout", "with dropout", "difference")]
 for i, seed in enumerate(SEEDS):
@@ -397,13 +399,15 @@ print(f"with dropout minus without, {len(difference)} seeds:", interval(differen
 # tell which of the two networks is better. That is not the same as "they are equally good".
 #
 # "Dropout prevents overfitting" can mean several things. `judge` takes the tutorial's words apart into claims, and
-# gives one of three answers to each:
+# gives one of four answers to each:
 #
 # - **supported**: the whole interval lies on the side of the claim;
 # - **refuted**: the whole interval lies on the other side;
+# - **negligible**: the interval is so close to 0 that whatever is in it means nothing;
 # - **undecided**: the interval lies on both sides. More seeds might decide.
 #
-# A rise or a gap of less than 0.02 nats counts as none, and "early" means in the first half of the epochs.
+# A difference of less than 0.02 nats, or of 0.002 in accuracy, means nothing here. "Early" means in the first half of the
+# epochs.
 
 # %%
 display(Markdown(verdicts(judge(plain, dropout))))
@@ -417,7 +421,7 @@ display(Markdown(verdicts(judge(plain, dropout))))
 # - It narrows the gap between training and validation, but does not close it.
 # - Nothing says that it raises the accuracy. How can the loss get better and the accuracy not? Accuracy asks only
 #   whether the most probable class is the right one; the loss also asks how probable the network took it to be. In the
-#   last table of part 6, compare "last" with "best" for the network without dropout: its loss gets worse, its accuracy
+#   last table of part 6, compare "final" with "best" for the network without dropout: its loss gets worse, its accuracy
 #   hardly moves. Overfitting spoils the confidence of this network more than its answers.
 # - Where the answer is "undecided", we must not say more.
 #
