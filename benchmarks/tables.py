@@ -250,17 +250,40 @@ def fill(text: str) -> str:
     return BLOCK.sub(lambda block: f"{block[1]}\n{TABLES[block[2]]()}\n\n{block[4]}", text)
 
 
+def strays(text: str) -> list[str]:
+    """Return the figures in the README's answer that are not rounded from its table."""
+    answer = text.partition("## The answer\n")[2].partition("\n## ")[0]
+    sentences, *table = answer.partition("<!-- table")
+    recorded = [abs(float(number)) for number in re.findall(r"[+-]?\d+\.\d+", "".join(table))]
+    figures = re.findall(r"\b\d+\.\d+", sentences)
+    places = {figure: len(figure.partition(".")[2]) for figure in figures}
+    return [
+        figure for figure in figures if f"{float(figure):g}" not in {f"{round(n, places[figure]):g}" for n in recorded}
+    ]
+
+
 @dataclasses.dataclass(frozen=True)
 class Flags:
-    pass
+    check: bool = (
+        False  # Change nothing; exit with 1 where a table, or a figure of the README's answer, is not recorded.
+    )
 
 
-def main(flags: Flags) -> None:
+def main(flags: Flags) -> int:
+    status = 0
     for document in DOCUMENTS:
         text = document.read_text()
-        if tables := BLOCK.findall(text):
-            files.write(document, fill(text))
-            print(f"{len(tables)} tables of {document} are as the records say", file=sys.stderr)
+        if not (tables := BLOCK.findall(text)):
+            continue
+        filled = fill(text)
+        if not flags.check:
+            files.write(document, filled)
+        elif filled != text or strays(text):
+            print(f"{document} differs from the records: {strays(text) or 'a table'}", file=sys.stderr)
+            status = 1
+            continue
+        print(f"{len(tables)} tables of {document} are as the records say", file=sys.stderr)
+    return status
 
 
 if __name__ == "__main__":

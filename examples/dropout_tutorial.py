@@ -371,8 +371,8 @@ display(picture(wrong[0]))
 # %% [markdown]
 # ## 8. Does dropout prevent overfitting?
 #
-# Look at the final loss of each seed, and at the difference that dropout makes. A loss jumps from epoch to epoch, so the
-# last epoch alone is mostly noise. From here on, "final" is the mean of the last five epochs.
+# Look at the final loss of each seed, and at the difference that dropout makes. A loss jumps from epoch to epoch, so
+# the last epoch alone is mostly noise. From here on, "final" is the mean of the last five epochs.
 
 # %%
 without, with_dropout = summarize(plain).final_loss, summarize(dropout).final_loss
@@ -406,8 +406,8 @@ print(f"with dropout minus without, {len(difference)} seeds:", interval(differen
 # - **negligible**: the interval is so close to 0 that whatever is in it means nothing;
 # - **undecided**: the interval lies on both sides. More seeds might decide.
 #
-# A difference of less than 0.02 nats, or of 0.002 in accuracy, means nothing here. "Early" means in the first half of the
-# epochs.
+# A difference of less than 0.02 nats, or of 0.002 in accuracy, means nothing here. "Early" means in the first half of
+# the epochs.
 
 # %%
 display(Markdown(verdicts(judge(plain, dropout))))

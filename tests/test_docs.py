@@ -65,3 +65,4 @@ def test_figures_are_those_of_the_records(page):
     records = "".join(path.read_text() for path in tables.RECORDS.rglob("report.md"))
     for interval in re.findall(r"[+-]?\d\.\d+ \[[+-]?\d\.\d+, [+-]?\d\.\d+\]", tables.BLOCK.sub("", PROSE[page])):
         assert interval in records
+    assert tables.strays(TEXTS[page]) == []

@@ -74,7 +74,8 @@ def test_the_text_states_no_figure_that_is_not_shown(stored):
 
 def test_the_table_has_the_answers_of_the_text(stored):
     """Rounding differs from machine to machine: if an answer does after `make notebook`, the text has to follow."""
-    answers = dict(re.findall(r"^\| (\w[^|]*?) +\| (supported|refuted|negligible|undecided)\b", text(stored), re.MULTILINE))
+    row = r"^\| (\w[^|]*?) +\| (supported|refuted|negligible|undecided)\b"
+    answers = dict(re.findall(row, text(stored), re.MULTILINE))
     assert len(answers) == 7
     for claim in ("without dropout the validation loss turns early and rises", "with dropout it does not"):
         assert answers[claim] != "refuted", claim
