@@ -163,12 +163,13 @@ def read_json_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 class EarlyStopping:
-    """End a run whose validation loss has not improved for some epochs; `run.best` holds its best parameters.
+    """End a run whose validation loss has not improved for some time; `run.best` holds its best parameters.
 
     A sweep ends when none of its runs has improved for as long.
 
     Args:
-        patience: Epochs without improvement after which the run ends.
+        patience: Evaluations without improvement after which the run ends; there is one after each epoch, unless
+            `TrainConfig.evaluate_every` says otherwise.
         min_delta: How much lower a loss has to be to count as an improvement, in nats.
     """
 
@@ -179,11 +180,12 @@ class EarlyStopping:
     def __call__(self, end: EpochEnd) -> bool:
         """Return whether the run should end."""
         best, improved = np.array(np.inf), 0
-        for epoch, loss in enumerate(np.moveaxis(np.asarray(end.history.validation.loss), -1, 0), start=1):
+        losses = np.asarray(end.history.validation.loss)[..., _checks.evaluated(end.history) - 1]
+        for evaluation, loss in enumerate(np.moveaxis(losses, -1, 0), start=1):
             better = loss < best - self._min_delta
             if np.any(better):
-                best, improved = np.where(better, loss, best), epoch
-        return end.epoch - improved >= self._patience
+                best, improved = np.where(better, loss, best), evaluation
+        return losses.shape[-1] - improved >= self._patience
 
 
 def _in_notebook() -> bool:

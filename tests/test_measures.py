@@ -12,7 +12,7 @@ import pytest
 from sweep_worker import equal, parts
 
 from fashion_jax import FashionMLP, JsonLines, TrainConfig, fit, judge, predict, sweep
-from fashion_jax.callbacks import Progress, read_json_lines
+from fashion_jax.callbacks import EarlyStopping, Progress, read_json_lines
 from fashion_jax.evidence import summarize
 from fashion_jax.plot import losses
 from fashion_jax.report import table
@@ -90,6 +90,13 @@ def test_an_evaluation_left_out_changes_nothing_but_the_history(data, tmp_path, 
         seldom.history.validation.loss[-1] - np.nanmin(seldom.history.validation.loss), abs=0.1
     )
     assert losses({"arm": arm}).axes[0].lines[1].get_xdata().tolist() == [3, 4, 6, 7]
+
+
+def test_early_stopping_waits_for_evaluations(data):
+    """With learning rate 0, the first evaluation stays the best."""
+    config, numbers = TrainConfig(model=MODEL, evaluate_every=2), OPTIONS | {"learning_rate": 0.0}
+    run = fit(*data, config=config, epochs=20, callbacks=[EarlyStopping(patience=2)], **numbers)
+    assert run.history.running_loss.shape == (6,)
 
 
 @pytest.mark.parametrize(
