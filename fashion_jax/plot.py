@@ -106,6 +106,7 @@ def intervals(panels: Mapping[str, Mapping[str, Interval]], *, columns: int = 3)
         axes.errorbar(means, places, xerr=np.transpose(bars), fmt="o", color=_BLUE, capsize=3)
         axes.set_yticks(places, measured, parse_math=False)
         axes.set(xlabel=label, ylim=(len(measured) - 0.5, -0.5))
+        axes.locator_params(axis="x", nbins=4)
         axes.grid(axis="x", alpha=0.3)
     return figure
 
@@ -137,6 +138,7 @@ def claims(verdicts: Sequence[Verdict]) -> "matplotlib.figure.Figure":
         labels = [f"{verdict.claim}: {verdict.answer}" for verdict in part]
         axes.set_yticks(range(len(part)), labels, parse_math=False)
         axes.set(ylim=(len(part) - 0.5, -0.5), xlabel=f"mean and 95% interval over seeds ({unit})")
+        axes.locator_params(axis="x", nbins=6)
         axes.grid(axis="x", alpha=0.3)
     return figure
 

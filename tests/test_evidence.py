@@ -23,7 +23,8 @@ from fashion_jax.evidence import (
 )
 from fashion_jax.types import History, Metrics, Run
 
-RECORD = Path(__file__).parents[1] / "benchmarks" / "records" / "2026-11-24-amd-epyc-2-cores" / "seeds32"
+RECORDS = Path(__file__).parents[1] / "benchmarks" / "records"
+RECORD = RECORDS / "2026-11-24-amd-epyc-2-cores" / "seeds32"
 EPOCHS = 20
 NOISE = np.random.default_rng(5).normal(0, 1, 8)
 RISES = "without dropout the validation loss turns early and rises"
@@ -71,6 +72,14 @@ def test_the_recorded_seeds_are_judged_as_they_were(recorded):
         assert [verdict.answer for verdict in judge(*recorded, loss_margin=margin)] == expected
     for margin in (0.0005, 0.002, 0.008):
         assert [verdict.answer for verdict in judge(*recorded, accuracy_margin=margin)] == expected
+
+
+def test_both_records_of_32_seeds_have_the_same_answers():
+    """One by the first design of this code, on another machine."""
+    first = json.loads((RECORD / "report.json").read_text())["verdicts"]
+    second = json.loads((RECORDS / "2026-11-28-intel-xeon-2-cores/seeds32/report.json").read_text())["verdicts"]
+    answers = [[verdict["answer"] for verdict in verdicts] for verdicts in (first, second["dropout 0.2"])]
+    assert answers[0] == answers[1]
 
 
 @pytest.mark.parametrize(("seeds", "decided"), [(4, 0.7), (8, 0.85)])

@@ -151,7 +151,8 @@ def test_every_optimizer_of_optax_trains_or_says_why_not(splits, factory):
     with warnings.catch_warnings(action="ignore"), contextlib.ExitStack() as stack:
         if message := refused.get(factory.__name__.removeprefix("_deprecated_")):
             stack.enter_context(pytest.raises(TypeError, match=message))
-        state = init_state(KEY, config=config, image_shape=(4, 4))
+        with jax.disable_jit():  # To compile it would take longer.
+            state = init_state(KEY, config=config, image_shape=(4, 4))
         for _ in range(6):
             state, metrics = train_step(state, small, KEY, config=config, learning_rate=0.01)
             losses.append(float(metrics.loss))
