@@ -75,10 +75,12 @@ def experiment(config: Any, train: Batch, validation: Batch, lanes: Sequence[tup
     losses = jax.eval_shape(config.loss, output, labels)
     if losses.shape != (1,):
         raise ValueError(f"loss must return one number an example, [n], got {list(losses.shape)} for n = 1")
-    for name, measure in config.metrics_of("log_probs", "labels").items():
-        measured = jax.eval_shape(lambda *given, f=measure: f(log_probs=given[0], labels=given[1]), output, labels)
-        if np.shape(measured) != ():
-            raise ValueError(f"metrics[{name!r}] must return a number, got shape {list(np.shape(measured))}")
+    params = variable_shapes(config.model, images.shape[1:])["params"]
+    for given in ({"log_probs": output, "labels": labels}, {"grads": params, "updates": params}):
+        for name, measure in config.metrics_of(*given).items():
+            measured = jax.eval_shape(lambda given, measure=measure: measure(**given), given)
+            if np.shape(measured) != ():
+                raise ValueError(f"metrics[{name!r}] must return a number, got shape {list(np.shape(measured))}")
 
 
 @functools.lru_cache

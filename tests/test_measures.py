@@ -105,6 +105,7 @@ def test_early_stopping_waits_for_evaluations(data):
         ({"ece": lambda a, b: 0.0}, TypeError, r"metrics\['ece'\] must be a function of log_probs and labels, or of"),
         ({"loss": confidence}, TypeError, r"metrics\['loss'\] must .* not be called loss"),
         ({"all": lambda log_probs, labels: log_probs}, ValueError, r"metrics\['all'\] must return a number, got shape"),
+        ({"all": lambda grads, updates: grads["fc1"]["bias"]}, ValueError, r"must return a number, got shape \[16\]"),
         (3, TypeError, "metrics must be a dictionary of functions, got 3"),
     ],
 )
