@@ -170,8 +170,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "rivals' accuracy": partial(rivals, "accuracy"),
     "rivals' loss": partial(rivals, "loss"),
     "rivals' calibration": partial(rivals, "calibration_error"),
-    "norms": partial(table_of, "norms/report.md", 0),
-    "norms paired": partial(table_of, "norms/report.md", 1),
     "best tried": partial(table_of, "best_perceptron/report.md", 0),
     "best": partial(table_of, "best_perceptron/report.md", 1),
     "types": lambda: table(
