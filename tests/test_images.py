@@ -76,7 +76,7 @@ def params(splits):
     ("count", "conditions", "suffix"),
     [
         (50, {}, ".png"),
-        (80, {"noise": 8, "dim": 0.78, "specks": 300, "corners": 0.6}, ".png"),
+        (50, {"noise": 8, "dim": 0.78, "specks": 300, "corners": 0.6}, ".png"),
         (25, {"salt": 0.05}, ".png"),
         (25, {"blur": 3, "noise": 2}, ".jpg"),
         (25, {"shade": 40, "depth": 1, "noise": 8, "dim": 0.78, "specks": 300}, ".png"),

@@ -136,8 +136,21 @@ def test_a_schedule_that_has_ended_is_told(data):
         fit(*data, config=config, epochs=4, **OPTIONS)
 
 
+PARTS = {
+    "sam": lambda learning_rate: optax.contrib.sam(optax.adam(learning_rate), optax.sgd(0.05)),
+    "clip": lambda learning_rate: optax.chain(optax.clip_by_global_norm(1.0), optax.adam(learning_rate)),
+    "apply_if_finite": lambda learning_rate: optax.apply_if_finite(optax.adam(learning_rate), 3),
+    "plateau": lambda learning_rate: optax.chain(optax.adam(learning_rate), optax.contrib.reduce_on_plateau()),
+    "partition": lambda learning_rate: optax.partition(
+        {"slow": optax.sgd(learning_rate), "fast": optax.adam(learning_rate)},
+        lambda params: {layer: "fast" if layer == "fc1" else "slow" for layer in params},
+    ),
+}
+
+
 def factories():
-    """Every function of optax that makes an optimizer of a learning rate."""
+    """Every function of optax that makes an optimizer of a learning rate, and optimizers of several parts."""
+    yield from (pytest.param(function, id=name) for name, function in PARTS.items())
     for module in (optax, optax.contrib):
         for name, value in vars(module).items():
             if inspect.isfunction(value) and "learning_rate" in inspect.signature(value).parameters:
@@ -159,22 +172,3 @@ def test_every_optimizer_of_optax_trains_or_says_why_not(splits, factory):
             losses.append(float(metrics.loss))
         # One finds its learning rate first, the other is the part of an optimizer that does not turn the sign.
         assert losses[-1] < losses[0] or (factory.__name__ in {"dog", "scale_by_rprop"} and np.isfinite(losses).all())
-
-
-@pytest.mark.parametrize(
-    "optimizer",
-    [
-        lambda learning_rate: optax.contrib.sam(optax.adam(learning_rate), optax.sgd(0.05)),
-        lambda learning_rate: optax.chain(optax.clip_by_global_norm(1.0), optax.adam(learning_rate)),
-        lambda learning_rate: optax.apply_if_finite(optax.adam(learning_rate), 3),
-        lambda learning_rate: optax.chain(optax.adam(learning_rate), optax.contrib.reduce_on_plateau()),
-        lambda learning_rate: optax.partition(
-            {"slow": optax.sgd(learning_rate), "fast": optax.adam(learning_rate)},
-            lambda params: {layer: "fast" if layer == "fc1" else "slow" for layer in params},
-        ),
-    ],
-    ids=["sam", "clip", "apply_if_finite", "reduce_on_plateau", "partition"],
-)
-def test_optimizers_of_several_parts_train(data, optimizer):
-    run = fit(*data, config=TrainConfig(model=MODEL, optimizer=optimizer), epochs=4, **OPTIONS)
-    assert run.history.train.loss[-1] < run.history.train.loss[0]
