@@ -73,7 +73,7 @@ def main(flags: Flags) -> None:
                 rows.append([name, epoch, *map(report.mean_and_std, (loss, *metrics))])
     judged = [verdict for of_arm in verdicts.values() for verdict in of_arm]
     if judged:
-        tables["What is missing:"] = report.outlook(judged)
+        tables["Enough seeds?"] = report.outlook(judged)
 
     state, label = result.at(dropout_rate=flags.rates[-1], seed=0).state, int(splits.test.labels[0])
     probabilities = predict(state, splits.test.images[:1], config=config)[0]

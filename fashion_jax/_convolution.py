@@ -1,7 +1,7 @@
 """Convolutions whose gradients are as fast inside a loop as outside, on CPUs.
 
-XLA brings convolutions into the order of axes that its fast library reads, but only outside of loops; inside, where
-`fit` trains, gradients of a convolution take some twenty times as long. Here they arrive in that order.
+XLA brings convolutions into the order of axes that its fast library reads, but only outside of loops. Inside, where
+`fit` trains, it computes gradients by slower code of its own: `docs/benchmarks.md`. Here they arrive in that order.
 """
 
 from typing import Any

@@ -15,7 +15,7 @@ import optax
 
 from fashion_jax import _checks, types
 from fashion_jax.model import FashionMLP
-from fashion_jax.types import Batch, Best, Measured, TrainState
+from fashion_jax.types import Batch, Best, TrainState
 
 
 def structure(config: Any) -> None:
@@ -39,12 +39,19 @@ def structure(config: Any) -> None:
     if not isinstance(config.metrics, tuple):
         raise TypeError(f"metrics must be a dictionary of functions, got {_checks.got(config.metrics)}")
     for name, function in config.metrics:
-        found = config.metrics_of("log_probs", "labels") | config.metrics_of("grads", "updates")
-        if name not in found or name in Measured._fields:
+        found = (
+            config.metrics_of("log_probs", "labels") | config.metrics_of("grads", "updates")
+            if callable(function)
+            else ()
+        )
+        if name not in found:
             raise TypeError(
-                f"metrics[{name!r}] must be a function of log_probs and labels, or of grads and updates, and not be "
-                f"called {' or '.join(Measured._fields)}; got {_checks.got(function)}"
+                f"metrics[{name!r}] must be a function of log_probs and labels, or of grads and updates, by name; "
+                f"got {_checks.got(function)}"
             )
+        # A log line has these entries already.
+        if name in ("loss", "accuracy", "running_loss", "seed", "epoch") or name.startswith(("train_", "validation_")):
+            raise ValueError(f"metrics must have names of their own, got {name!r}")
     try:
         hash(config)
     except TypeError as error:
@@ -75,6 +82,8 @@ def experiment(config: Any, train: Batch, validation: Batch, lanes: Sequence[tup
     losses = jax.eval_shape(config.loss, output, labels)
     if losses.shape != (1,):
         raise ValueError(f"loss must return one number an example, [n], got {list(losses.shape)} for n = 1")
+    if clash := first.keys() & dict(config.metrics).keys():
+        raise ValueError(f"metrics must have names of their own, and {clash.pop()!r} is a hyperparameter")
     params = variable_shapes(config.model, images.shape[1:])["params"]
     for given in ({"log_probs": output, "labels": labels}, {"grads": params, "updates": params}):
         for name, measure in config.metrics_of(*given).items():
@@ -116,6 +125,10 @@ def variables(found: Mapping[str, Any], expected: Mapping[str, Any]) -> int:
     Args:
         found: Variables, whose leaves may have lane axes in front.
         expected: Variables of the model, or their shapes.
+
+    >>> variables({"params": {"fc1": {"bias": np.zeros(9)}}}, {"params": {"fc1": {"bias": np.zeros(10)}}})
+    Traceback (most recent call last):
+    ValueError: params do not fit the model: fc1.bias must have shape [10], got [9], for images of this size
     """
     if missing := expected.keys() - found.keys():
         raise ValueError(f"the model needs {', '.join(missing)} too; pass a state or a best instead of its params")
@@ -132,16 +145,6 @@ def variables(found: Mapping[str, Any], expected: Mapping[str, Any]) -> int:
     if wrong:
         raise ValueError(f"params do not fit the model: {'; '.join(sorted(wrong))}, for images of this size")
     return len(front)
-
-
-def params(found: Any, expected: Any) -> None:
-    """Raise ValueError where parameters do not fit the model.
-
-    >>> params({"fc1": {"bias": np.zeros(9)}}, {"fc1": {"bias": np.zeros(10)}})
-    Traceback (most recent call last):
-    ValueError: params do not fit the model: fc1.bias must have shape [10], got [9], for images of this size
-    """
-    variables({"params": found}, {"params": expected})
 
 
 def initial(config: Any, state: TrainState, images: Any, fetch: Callable[[Any], Any]) -> None:
@@ -187,7 +190,7 @@ def start(value: Any, fresh: Any) -> Any:
     one: Any = jax.tree.map(lambda leaf: np.asarray(leaf)[None], value)
     carried = {"params": one.params, "collections": one.collections}
     state = one if isinstance(value, TrainState) else fresh.state._replace(**carried)
-    params(state.params, fresh.state.params)
+    variables(types.variables(state), types.variables(fresh.state))
     if jax.tree.map(np.shape, state) != jax.tree.map(np.shape, fresh.state):
         raise ValueError("start does not fit the config: its optimizer state is another optimizer's")
     return fresh._replace(state=state, best=fresh.best._replace(**carried))

@@ -103,7 +103,7 @@ def predict_mc(
     key, samples = _checks.key(key), _checks.integer("samples", samples, 1)
     found, pixels, fields, lanes = _check(params, images, hyperparameters, config)
     if found.keys() > {"params"}:
-        raise ValueError("the model changes more than dropout while it trains, such as the statistics of BatchNorm")
+        raise ValueError("with dropout on, BatchNorm would take the statistics of a single image; use predict")
     sample = functools.partial(_sample, found, key, fields, model=config.model, lanes=lanes)
     parts = []
     for chunk in _chunks(pixels):

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+from collections.abc import Hashable
 from typing import Any
 
 import flax.linen as nn
@@ -74,6 +75,9 @@ def from_nnx(network: type[nnx.Module], **arguments: Any) -> nn.Module:
     values = {name: parameter.default for name, parameter in parameters.items()} | arguments
     floats = {name: value for name, value in values.items() if isinstance(value, float)}
     fixed = {name: value for name, value in arguments.items() if name not in floats}
+    for name, value in fixed.items():
+        if not isinstance(value, Hashable):
+            raise TypeError(f"{name} must be hashable, such as a tuple in place of a list; got {_checks.got(value)}")
     return _linen_class(network, tuple(fixed.items()), tuple(floats))(**floats)
 
 

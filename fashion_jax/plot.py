@@ -80,12 +80,11 @@ def losses(
     return figure
 
 
-def intervals(panels: Mapping[str, Mapping[str, Interval]], *, columns: int = 3) -> "matplotlib.figure.Figure":
-    """Draw means with their 95% intervals, one panel a quantity.
+def intervals(panels: Mapping[str, Mapping[str, Interval]]) -> "matplotlib.figure.Figure":
+    """Draw means with their 95% intervals, one panel a quantity, three in a row.
 
     Args:
-        panels: Label of each quantity, and its interval by name; panels of one row share the names at their left.
-        columns: Panels in a row.
+        panels: Label of each quantity, and its interval by name; the names are the same in every panel.
 
     >>> from fashion_jax.evidence import interval
     >>> figure = intervals({"accuracy": {"dropout": interval(np.array([0.88, 0.89, 0.9]))}})
@@ -94,7 +93,7 @@ def intervals(panels: Mapping[str, Mapping[str, Interval]], *, columns: int = 3)
     """
     from matplotlib.figure import Figure
 
-    columns = min(_checks.integer("columns", columns, 1), len(panels))
+    columns = min(3, len(panels))
     rows, names = -(-len(panels) // columns), max(map(len, panels.values()))
     figure = Figure(figsize=(2 + 3 * columns, rows * (1 + 0.25 * names)), layout="constrained")
     grid = figure.subplots(rows, columns, sharey="row", squeeze=False)

@@ -124,8 +124,10 @@ def outlook(judged: Sequence[Verdict], seconds_a_seed: float | None = None) -> s
         return f"{found}; one seed decides nothing, and two show how many it takes"
     them = "it" if len(undecided) == 1 else "them"
     found += f"; about {max(seeds):,}{' or more' * (max(seeds) == MOST_SEEDS)} seeds would decide {them}"
-    time = "" if seconds_a_seed is None else f", in {max(seeds) * seconds_a_seed / 60:,.0f} minutes on this machine"
-    return found + time
+    if seconds_a_seed is None:
+        return found
+    minutes = math.ceil(max(seeds) * seconds_a_seed / 60)
+    return f"{found}, in {minutes:,} minute{'s' * (minutes > 1)} on this machine"
 
 
 def read_curves(path: str | os.PathLike[str]) -> dict[float, History]:

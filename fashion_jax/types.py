@@ -50,7 +50,7 @@ class Metrics(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """`Metrics`, and by name those of `TrainConfig.metrics`, where it has any."""
+    """`Metrics` and, by name, the values of `TrainConfig.metrics`; returned in place of `Metrics` if there are any."""
 
     loss: Float[Array | np.ndarray, "*axes"]
     accuracy: Float[Array | np.ndarray, "*axes"]
@@ -220,15 +220,15 @@ class Sweep:
 Trained = Params | TrainState | Best
 
 
-def variables(params: Trained) -> dict[str, Any]:
+def variables(trained: Trained) -> dict[str, Any]:
     """Return the Flax variables of a state, of the best of a run, or of parameters alone.
 
     >>> variables(Best({"fc1": 1}, 0.5, 3, {"batch_stats": 2}))
     {'params': {'fc1': 1}, 'batch_stats': 2}
     """
-    if isinstance(params, (TrainState, Best)):
-        return {"params": params.params, **params.collections}
-    return {"params": params}
+    if isinstance(trained, (TrainState, Best)):
+        return {"params": trained.params, **trained.collections}
+    return {"params": trained}
 
 
 def _extra(package: str) -> Any:
