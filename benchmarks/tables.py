@@ -264,9 +264,7 @@ def strays(text: str) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Flags:
-    check: bool = (
-        False  # Change nothing; exit with 1 where a table, or a figure of the README's answer, is not recorded.
-    )
+    check: bool = False  # Only compare; exit with 1 where a table or a figure of the answer is not recorded.
 
 
 def main(flags: Flags) -> int:

