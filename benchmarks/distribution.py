@@ -13,7 +13,7 @@ from scipy import stats
 from benchmarks import harness
 from benchmarks.reference import FastLoop
 from fashion_jax import fit, load
-from fashion_jax.evidence import interval
+from fashion_jax.statistics import interval
 
 FIGURES = ("running training loss", "test loss", "test accuracy")
 ARMS = {"no dropout": 0.0, "dropout 0.2": 0.2}

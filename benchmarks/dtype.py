@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from benchmarks import harness
-from fashion_jax import FashionMLP, TrainConfig, evidence, hold_out, load, sweep, use_all_cores
+from fashion_jax import FashionMLP, TrainConfig, hold_out, load, statistics, sweep, use_all_cores
 from fashion_jax.train import init_state, train_epoch
 
 TYPES = {"float32": None, "bfloat16": "bfloat16"}
@@ -52,7 +52,7 @@ def main(flags: Flags) -> None:
     measured = [run(config=config(flags.width, dtype)).history.validation for dtype in TYPES.values()]
     last = {name: np.array([getattr(of_type, name)[:, -1] for of_type in measured]) for name in ("accuracy", "loss")}
     differences = {
-        f"{name}, bfloat16 minus float32": str(evidence.paired(half, plain)) for name, (plain, half) in last.items()
+        f"{name}, bfloat16 minus float32": str(statistics.paired(half, plain)) for name, (plain, half) in last.items()
     }
     print(differences)
     by_type = {name: dict(zip(TYPES, values.tolist(), strict=True)) for name, values in last.items()}

@@ -15,7 +15,7 @@ import numpy as np
 from scipy import stats
 
 from benchmarks import harness
-from fashion_jax import evidence, files, report
+from fashion_jax import files, report, statistics
 
 ROOT, RECORDS = harness.ROOT, harness.RECORDS
 DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -128,7 +128,7 @@ def rivals(measure: str) -> str:
     found = json.loads(newest("when_dropout_helps/report.json"))["test"]
     rows: list[tuple[str, ...]] = [("rival", *found)]
     for rival in next(iter(found.values())):
-        cells = (str(evidence.interval(np.array(of[rival][measure]))).replace("+", "") for of in found.values())
+        cells = (str(statistics.interval(np.array(of[rival][measure]))).replace("+", "") for of in found.values())
         rows.append((rival, *cells))
     return report.markdown(rows)
 

@@ -14,7 +14,7 @@ from fashion_jax import Batch, FashionMLP, Progress, TrainConfig, predict, sweep
 from fashion_jax.augment import shift_and_flip
 from fashion_jax.calibration import score
 from fashion_jax.data import hold_out, load, subset
-from fashion_jax.evidence import interval
+from fashion_jax.statistics import interval
 from fashion_jax.interop import save_safetensors
 from fashion_jax.script import exit_if_interrupted, flag, logger, publish, run_script
 

@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 
 from fashion_jax import Progress, load, predict, predict_mc, subset, sweep, use_all_cores
 from fashion_jax.calibration import detection, entropy, reliability, score
-from fashion_jax.evidence import interval, paired
 from fashion_jax.script import exit_if_interrupted, flag, publish, run_script
+from fashion_jax.statistics import interval, paired
 
 NONE, SCALED, MC = ARMS = ("no dropout", "dropout, weights scaled", "Monte Carlo dropout")
 MEASURES = {"accuracy": "accuracy", "loss": "NLL", "brier": "Brier score", "calibration_error": "ECE"}

@@ -10,8 +10,9 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from fashion_jax import Progress, evaluate, hold_out, load, report, subset, sweep, use_all_cores
-from fashion_jax.evidence import Summary, paired, summarize
+from fashion_jax.evidence import Summary, summarize
 from fashion_jax.script import exit_if_interrupted, flag, logger, publish, run_script
+from fashion_jax.statistics import paired
 
 
 @dataclasses.dataclass(frozen=True)

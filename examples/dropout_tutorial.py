@@ -41,9 +41,10 @@ import numpy as np
 from IPython.display import Markdown, display, update_display
 
 from fashion_jax import CLASS_NAMES, Batch, Dropout, FashionMLP, judge, load, predict, subset, sweep, use_all_cores
-from fashion_jax.evidence import best_epochs, interval, paired, summarize
+from fashion_jax.evidence import best_epochs, summarize
 from fashion_jax.plot import classification, losses, samples
 from fashion_jax.report import markdown, mean_and_std, table, verdicts
+from fashion_jax.statistics import interval, paired
 from fashion_jax.steps import init_state, train_step
 
 use_all_cores()  # before JAX computes anything

@@ -1,35 +1,36 @@
-"""The statistics: from histories to numbers, and from numbers to verdicts on the tutorial's claims.
+"""The evidence: from histories to numbers, and from numbers to verdicts on the tutorial's claims.
 
 Pure functions. Seeds are the repetitions: within a seed all arms share initial weights, batch order and dropout draws,
 so arms are compared by paired differences.
 """
 
 import warnings
-from collections.abc import Mapping
-from typing import Literal, NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from jaxtyping import Array, Float, Int
 
 from fashion_jax import _checks
+from fashion_jax.statistics import (
+    ACCURACY_MARGIN,
+    LOSS_MARGIN,
+    PerSeed,
+    Verdict,
+    compare,
+    decide,
+    interval,
+    numbers,
+    paired,
+)
 from fashion_jax.types import History
 
-LEVEL = 0.95
 # Halves of the seeds that choose epochs for each other are not quite independent: Student's intervals cover the truth
 # in 91 to 94% of cases, intervals wider by this factor in 94 to 96% (simulated in the tests).
 CHOSEN_WIDTH = 1.15
 # "Final" is the mean of as many epochs at the end: single epochs are noisy, and a seed hardly differs from another.
 LAST = 5
-# Below these margins a difference means nothing: a twentieth of the losses at hand, and 20 of 10,000 images.
-LOSS_MARGIN, ACCURACY_MARGIN = 0.02, 0.002
-MOST_SEEDS = 10_000
-# With fewer seeds intervals say little: for two, Student's t multiplies the standard error by 12.7.
-FEW_SEEDS = 4
-
-Answer = Literal["supported", "refuted", "negligible", "undecided"]
-Side = Literal["above", "below"]
-PerSeed = Float[Array | np.ndarray, " seeds"]
 Curves = Float[Array | np.ndarray, "*runs epochs"]
 
 
@@ -49,64 +50,6 @@ class Summary(NamedTuple):
     gap: Float[np.ndarray, "*runs"]
     best_accuracy: Float[np.ndarray, "*runs"]
     final_accuracy: Float[np.ndarray, "*runs"]
-
-
-class Interval(NamedTuple):
-    """A mean over n seeds and its 95% confidence interval, with NaN as bounds for one seed.
-
-    `effect_size` is the mean in units of the standard deviation over seeds (Cohen's d for paired differences).
-    """
-
-    mean: float
-    low: float
-    high: float
-    effect_size: float
-    n: int
-
-    def __str__(self) -> str:
-        bounds = "(one seed, no interval)" if self.n == 1 else f"[{self.low:+.4f}, {self.high:+.4f}]"
-        return f"{self.mean:+.4f} {bounds}"
-
-
-class Verdict(NamedTuple):
-    """A claim, the answer, and the quantity that was measured.
-
-    Attributes:
-        claim: The claim, in words.
-        answer: "refuted" if the whole interval lies on the other side of the threshold. Else "negligible" if it lies
-            within the margin around 0, "supported" if it lies on the side that is claimed, "undecided" if on neither.
-        quantity: The quantity and, if it is not 0, the threshold.
-        interval: Its mean and 95% interval.
-        threshold: Where the claim begins to hold.
-        margin: The largest difference that means nothing.
-        note: The largest effect that is not excluded, where that matters, and a warning of few seeds.
-    """
-
-    claim: str
-    answer: Answer
-    quantity: str
-    interval: Interval
-    threshold: float
-    margin: float
-    note: str
-
-    def seeds_needed(self) -> int | None:
-        """Estimate how many seeds would decide the claim, if mean and std stay as measured; None if they are unknown.
-
-        >>> compare("it helps", np.array([0.9, 0.8, 0.9]), np.array([0.8, 0.8, 0.8]), quantity="x").seeds_needed()
-        6
-        """
-        from scipy.special import stdtrit
-
-        mean, low, _, _, n = self.interval
-        if n == 1 or self.answer != "undecided":
-            return None if n == 1 else n
-        std = (mean - low) * np.sqrt(n) / stdtrit(n - 1, (1 + LEVEL) / 2)
-        seeds = np.arange(2, MOST_SEEDS + 1)
-        half = std / np.sqrt(seeds) * stdtrit(seeds - 1, (1 + LEVEL) / 2)
-        # From the threshold, or inside the margin.
-        decided = half < max(abs(mean - self.threshold), self.margin - abs(mean) if not self.threshold else 0)
-        return int(seeds[decided.argmax()]) if decided.any() else MOST_SEEDS
 
 
 def summarize(history: History) -> Summary:
@@ -140,45 +83,6 @@ def summarize(history: History) -> Summary:
     )
 
 
-def interval(values: PerSeed, *, width: float = 1.0) -> Interval:
-    """Compute the mean over seeds and its 95% interval, `width` times as wide as Student's.
-
-    Raises:
-        ValueError: There is no seed, or a value is not finite.
-
-    Source: Student, "The Probable Error of a Mean", Biometrika 6 (1908).
-
-    >>> print(interval(np.array([1.0, 2.0, 3.0])))
-    +2.0000 [-0.4841, +4.4841]
-    """
-    # Imported here because it takes half as long as JAX; scipy.stats, whose t.ppf calls this, takes longer.
-    from scipy.special import stdtrit
-
-    values = _numbers("values", values, "seeds")
-    mean, n = values.mean(), len(values)
-    if n == 1:
-        return Interval(float(mean), np.nan, np.nan, np.nan, 1)
-    std = values.std(ddof=1)
-    half = width * std / np.sqrt(n) * stdtrit(n - 1, (1 + LEVEL) / 2)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return Interval(float(mean), float(mean - half), float(mean + half), float(mean / std), n)
-
-
-def paired(first: PerSeed, second: PerSeed, *, width: float = 1.0) -> Interval:
-    """Compute the `interval` of `first - second`, two arms that share their seeds.
-
-    Raises:
-        ValueError: The arms differ in their number of seeds, there is no seed, or a value is not finite.
-
-    >>> paired(np.array([0.38, 0.37]), np.array([0.42, 0.43])).mean.__round__(3)
-    -0.05
-    """
-    first, second = _numbers("first", first, "seeds"), _numbers("second", second, "seeds")
-    if len(first) != len(second):
-        raise ValueError(f"first and second must have the same seeds, got {len(first)} and {len(second)}")
-    return interval(first - second, width=width)
-
-
 def best_epochs(loss: Curves) -> Int[np.ndarray, " seeds"]:
     """Choose for each seed the epoch, from 0, at which the mean loss of the other half of the seeds is lowest.
 
@@ -194,7 +98,7 @@ def best_epochs(loss: Curves) -> Int[np.ndarray, " seeds"]:
     >>> best_epochs(np.array([[3.0, 1.0, 2.0], [3.0, 2.0, 1.0]])).tolist()
     [2, 1]
     """
-    loss = _numbers("loss", loss, "seeds", "epochs")
+    loss = numbers("loss", loss, "seeds", "epochs")
     if len(loss) == 1:
         return loss.argmin(axis=1)
     chosen = [loss[half::2].mean(axis=0).argmin() for half in (0, 1)]
@@ -209,7 +113,7 @@ def late_rises(loss: Curves) -> Float[np.ndarray, " seeds"]:
     >>> late_rises(np.array([[2.0, 1.0, 2.0, 2.0, 2.0, 2.0], [2.0, 2.0, 1.5, 2.0, 2.0, 2.0]])).round(2).tolist()
     [-0.2, -0.1]
     """
-    loss = _numbers("loss", loss, "seeds", "epochs")
+    loss = numbers("loss", loss, "seeds", "epochs")
     return _final(loss) - _at(loss, best_epochs(loss))
 
 
@@ -258,15 +162,13 @@ def judge(
     best_loss = f"validation loss at the best epoch, {minus}"
     of_loss, of_rise = {"margin": loss_margin}, {"margin": loss_margin, "threshold": loss_margin}
     turns, stays, *others = (
-        _verdict("without dropout the validation loss turns early and rises", rise, rises[0], "above", **of_rise),
-        _verdict(f"with {name} it does not", rise, rises[1], "below", **of_rise),
-        _verdict(f"{name} narrows the gap", "gap (eval mode), without minus with", narrowed, "above", **of_loss),
-        _verdict(f"{name} closes the gap", f"gap (eval mode) with {name}", interval(with_.gap), "below", **of_rise),
-        _verdict(
-            f"{name} lowers the final validation loss", f"final validation loss, {minus}", loss, "below", **of_loss
-        ),
-        _verdict(f"{name} lowers the loss more than stopping early does", best_loss, stopped, "below", **of_loss),
-        _verdict(f"{name} raises accuracy", f"final accuracy, {minus}", accuracy, "above", margin=accuracy_margin),
+        decide("without dropout the validation loss turns early and rises", rise, rises[0], "above", **of_rise),
+        decide(f"with {name} it does not", rise, rises[1], "below", **of_rise),
+        decide(f"{name} narrows the gap", "gap (eval mode), without minus with", narrowed, "above", **of_loss),
+        decide(f"{name} closes the gap", f"gap (eval mode) with {name}", interval(with_.gap), "below", **of_rise),
+        decide(f"{name} lowers the final validation loss", f"final validation loss, {minus}", loss, "below", **of_loss),
+        decide(f"{name} lowers the loss more than stopping early does", best_loss, stopped, "below", **of_loss),
+        decide(f"{name} raises accuracy", f"final accuracy, {minus}", accuracy, "above", margin=accuracy_margin),
     )
     epochs = losses[0].shape[1]
     late = losses[0].mean(axis=0).argmin() + 1 > epochs / 2
@@ -277,13 +179,25 @@ def judge(
     return [turns, stays, *others]
 
 
-def compare(claim: str, first: PerSeed, second: PerSeed, *, quantity: str, margin: float = ACCURACY_MARGIN) -> Verdict:
-    """Check the claim that the first of two arms has the higher numbers, from the interval of `paired`.
+def compare_rivals(scores: Mapping[str, Mapping[str, PerSeed]], pairs: Iterable[tuple[str, str]]) -> list[Verdict]:
+    """Check for each pair of rivals that the first is more accurate, and that it has the lower loss.
 
-    >>> compare("it helps", np.array([0.9, 0.91]), np.array([0.8, 0.812]), quantity="accuracy").answer
-    'supported'
+    Args:
+        scores: "accuracy" and "loss" of each rival, one number for each repetition; the rivals share repetitions.
+        pairs: Names of two rivals each.
+
+    >>> scores = {"dropout": {"accuracy": [0.9, 0.91], "loss": [0.3, 0.3]}}
+    >>> scores["nothing"] = {"accuracy": [0.8, 0.812], "loss": [0.3, 0.301]}
+    >>> [verdict.answer for verdict in compare_rivals(scores, [("dropout", "nothing")])]
+    ['supported', 'negligible']
     """
-    return _verdict(claim, quantity, paired(first, second), "above", margin=margin)
+    verdicts = []
+    for a, b in pairs:
+        more, fewer = (scores[a]["accuracy"], scores[b]["accuracy"]), (scores[b]["loss"], scores[a]["loss"])
+        in_nats = {"quantity": "NLL, second minus first", "margin": LOSS_MARGIN}
+        verdicts.append(compare(f"{a}: more accurate than {b}", *more, quantity="accuracy, first minus second"))
+        verdicts.append(compare(f"{a}: lower loss than {b}", *fewer, **in_nats))
+    return verdicts
 
 
 def drop_diverged(arms: Mapping[str, History]) -> dict[str, History]:
@@ -307,34 +221,6 @@ def drop_diverged(arms: Mapping[str, History]) -> dict[str, History]:
     if lost.any():
         warnings.warn(f"seeds {np.flatnonzero(lost).tolist()} diverged and are left out of every arm", stacklevel=2)
     return {title: jax.tree.map(lambda leaf: np.asarray(leaf)[~lost], arm) for title, arm in arms.items()}
-
-
-def _verdict(
-    claim: str, quantity: str, measured: Interval, side: Side, *, margin: float, threshold: float = 0.0
-) -> Verdict:
-    above, below = measured.low > threshold, measured.high < threshold
-    claimed, opposite = (above, below) if side == "above" else (below, above)
-    largest = max(abs(measured.low), abs(measured.high))
-    if opposite:
-        answer = "refuted"
-    elif not threshold and largest <= margin:
-        answer = "negligible"
-    else:
-        answer = "supported" if claimed else "undecided"
-    notes = [f"at most {largest:.4f}"] if answer in ("negligible", "undecided") and measured.n > 1 else []
-    if measured.n < FEW_SEEDS:
-        notes.append("one seed decides nothing" if measured.n == 1 else f"weak: {measured.n} seeds")
-    quantity = f"{quantity}, {side} {threshold}" if threshold else quantity
-    return Verdict(claim, answer, quantity, measured, threshold, margin, "; ".join(notes))
-
-
-def _numbers(name: str, values: Float[Array | np.ndarray, "..."], *axes: str) -> Float[np.ndarray, "..."]:
-    values = np.asarray(values, np.float64)
-    if values.ndim != len(axes) or not values.size:
-        raise ValueError(f"{name} must have shape [{', '.join(axes)}] and not be empty, got {list(values.shape)}")
-    # NumPy takes NaN for the lowest, so one diverged run would choose the epoch of half of the others.
-    _checks.finite(name, values.reshape(len(values), -1))
-    return values
 
 
 def _at(curves: Curves, epochs: Int[np.ndarray, "*runs"]) -> Float[np.ndarray, "*runs"]:

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 from fashion_jax import _checks, files
-from fashion_jax.evidence import Interval, Verdict
+from fashion_jax.statistics import Interval, Verdict
 from fashion_jax.types import History
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def intervals(panels: Mapping[str, Mapping[str, Interval]]) -> "matplotlib.figur
     Args:
         panels: Label of each quantity, and its interval by name; the names are the same in every panel.
 
-    >>> from fashion_jax.evidence import interval
+    >>> from fashion_jax.statistics import interval
     >>> figure = intervals({"accuracy": {"dropout": interval(np.array([0.88, 0.89, 0.9]))}})
     >>> [text.get_text() for text in figure.axes[0].get_yticklabels()]
     ['dropout']
@@ -115,7 +115,7 @@ def claims(verdicts: Sequence[Verdict]) -> "matplotlib.figure.Figure":
 
     The grey band is the margin within which a difference means nothing, the dotted line where a claim begins to hold.
 
-    >>> from fashion_jax.evidence import compare
+    >>> from fashion_jax.statistics import compare
     >>> figure = claims([compare("it helps", np.array([0.9, 0.91]), np.array([0.8, 0.82]), quantity="final accuracy")])
     >>> figure.axes[0].get_yticklabels()[0].get_text()
     'it helps: supported'
@@ -253,9 +253,27 @@ def save(figure: "matplotlib.figure.Figure", path: str | os.PathLike[str], *, dp
     >>> path.read_bytes()[1:4]
     b'PNG'
     """
-    target, content = _checks.path("path", path), io.BytesIO()
-    figure.savefig(content, format=target.suffix[1:], dpi=dpi)
-    files.write(target, content.getvalue())
+    target = _checks.path("path", path)
+    files.write(target, encode(figure, target.suffix[1:], dpi=dpi))
+
+
+def encode(figure: "matplotlib.figure.Figure", kind: str = "png", *, dpi: int = 150) -> bytes:
+    """Return a figure as the content of a file.
+
+    Args:
+        figure: Any matplotlib Figure.
+        kind: The format, such as png, pdf or svg.
+        dpi: Pixels an inch.
+
+    Raises:
+        ValueError: There is no such format.
+
+    >>> encode(samples(np.zeros((4, 28, 28), np.uint8), columns=2))[1:4]
+    b'PNG'
+    """
+    content = io.BytesIO()
+    figure.savefig(content, format=kind, dpi=dpi)
+    return content.getvalue()
 
 
 def _losses(name: str, history: History) -> Float[np.ndarray, "3 seeds epochs"]:

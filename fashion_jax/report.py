@@ -17,7 +17,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from fashion_jax import __version__, _checks
-from fashion_jax.evidence import LAST, MOST_SEEDS, Verdict, summarize
+from fashion_jax.evidence import LAST, summarize
+from fashion_jax.statistics import MOST_SEEDS, Interval, Verdict
 from fashion_jax.types import History, Metrics
 
 PLACES = ("checkpoint", "data_dir", "log", "output")  # Flags that name files: no result depends on them.
@@ -88,20 +89,38 @@ def table(arms: Mapping[str, History]) -> str:
     return markdown(rows)
 
 
-def verdicts(judged: Iterable[Verdict]) -> str:
-    """Return a Markdown table of verdicts: claim, answer, and the measured mean with its 95% interval.
+def verdicts(judged: Sequence[Verdict], p_values: Iterable[float] | None = None) -> str:
+    """Return a Markdown table of verdicts: claim, answer, the measured mean with its 95% interval, and p-values.
 
-    >>> from fashion_jax.evidence import compare
+    >>> from fashion_jax.statistics import compare
     >>> print(verdicts([compare("it helps", np.array([0.9]), np.array([0.8]), quantity="accuracy")]))
     | claim    | answer                               | measured (mean, 95% interval)             |
     |----------|--------------------------------------|-------------------------------------------|
     | it helps | undecided (one seed decides nothing) | accuracy: +0.1000 (one seed, no interval) |
     """
-    rows = [("claim", "answer", "measured (mean, 95% interval)")]
+    rows = [["claim", "answer", "measured (mean, 95% interval)"]]
     for verdict in judged:
         answer = f"{verdict.answer} ({verdict.note})" if verdict.note else verdict.answer
-        rows.append((verdict.claim, answer, f"{verdict.quantity}: {verdict.interval}"))
+        rows.append([verdict.claim, answer, f"{verdict.quantity}: {verdict.interval}"])
+    if p_values is not None:
+        rows = [[*row, p] for row, p in zip(rows, ["p", *(f"{p:.2g}" for p in p_values)], strict=True)]
     return markdown(rows)
+
+
+def intervals(columns: Mapping[str, Mapping[str, Interval]]) -> str:
+    """Return a Markdown table of means with their 95% intervals; every column has the same rows.
+
+    >>> from fashion_jax.statistics import interval
+    >>> print(intervals({"accuracy": {"dropout": interval(np.array([0.88, 0.89, 0.9]))}}))
+    |         | accuracy                |
+    |---------|-------------------------|
+    | dropout | 0.8900 [0.8652, 0.9148] |
+    """
+    rows = {
+        name: [str(column[name]).replace("+", "") for column in columns.values()]
+        for name in next(iter(columns.values()))
+    }
+    return markdown([["", *columns], *([name, *cells] for name, cells in rows.items())])
 
 
 def outlook(judged: Sequence[Verdict], seconds_a_seed: float | None = None) -> str:
@@ -111,7 +130,7 @@ def outlook(judged: Sequence[Verdict], seconds_a_seed: float | None = None) -> s
         judged: The verdicts.
         seconds_a_seed: Time of all arms of one seed on this machine, if known.
 
-    >>> from fashion_jax.evidence import compare
+    >>> from fashion_jax.statistics import compare
     >>> outlook([compare("it helps", np.array([0.9, 0.8, 0.9]), np.array([0.8, 0.8, 0.8]), quantity="accuracy")], 60.0)
     '1 of 1 claims is undecided; about 6 seeds would decide it, in 6 minutes on this machine'
     """

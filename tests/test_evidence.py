@@ -10,17 +10,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from fashion_jax.evidence import (
-    CHOSEN_WIDTH,
-    LAST,
-    best_epochs,
-    compare,
-    interval,
-    judge,
-    late_rises,
-    paired,
-    summarize,
-)
+from fashion_jax.evidence import CHOSEN_WIDTH, LAST, best_epochs, judge, late_rises, summarize
+from fashion_jax.statistics import compare, interval, paired
 from fashion_jax.types import History, Metrics, Run
 
 RECORDS = Path(__file__).parents[1] / "benchmarks" / "records"
