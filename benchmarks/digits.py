@@ -18,8 +18,8 @@ class Flags(harness.Flags):
 
 def main(flags: Flags) -> None:
     use_all_cores()
-    digits = load_digits()
-    batch = Batch((digits.images * 255 / 16).astype(np.uint8), digits.target.astype(np.int32))
+    pixels, labels = load_digits(return_X_y=True)
+    batch = Batch((np.reshape(pixels, (-1, 8, 8)) * 255 / 16).astype(np.uint8), np.asarray(labels, np.int32))
     train, validation = hold_out(batch, 0.2, key=jax.random.key(0))
     how = {"seeds": range(flags.seeds), "dropout_rate": (0.0, 0.2), "epochs": flags.epochs, "callbacks": [Progress()]}
     result = sweep(train, validation, **how)

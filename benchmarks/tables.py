@@ -15,7 +15,7 @@ import numpy as np
 from scipy import stats
 
 from benchmarks import harness
-from fashion_jax import files, report, statistics
+from fashion_jax import evidence, files, report, statistics
 
 ROOT, RECORDS = harness.ROOT, harness.RECORDS
 DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -23,6 +23,7 @@ DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 FOLDERS = {"AMD": "amd-epyc-2-cores", "Intel": "intel-xeon-2-cores", "H200": "nvidia-h200"}
 BLOCK = re.compile(r"(<!-- table: ([\w' ]+) -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
 CURVES = ROOT / "tests" / "reference" / "pytorch_curves.csv"
+SIZES, AUGMENTED = (1_000, 10_000, 50_000), {"": "", ", augmented": "_augmented"}.items()
 AMD, H200, BOTH = ("AMD",), ("H200",), ("AMD", "Intel")
 
 
@@ -123,14 +124,33 @@ def images_a_second(machine: str) -> str:
     return table("predict", [machine], programs, [("images/s", ",.0f")], label="images at a time", key="images")
 
 
+def situations() -> dict[str, Any]:
+    """Return the scores of each rival in each situation that is recorded."""
+    names = [(f"{size:,} images{note}", f"rivals_{size}{folder}") for note, folder in AUGMENTED for size in SIZES]
+    recorded = [(title, folder) for title, folder in names if list(RECORDS.glob(f"*/{folder}/report.json"))]
+    return {title: json.loads(newest(f"{folder}/report.json"))["test"] for title, folder in recorded}
+
+
 def rivals(measure: str) -> str:
-    """What each rival reaches in each situation, on the test set."""
-    found = json.loads(newest("when_dropout_helps/report.json"))["test"]
-    rows: list[tuple[str, ...]] = [("rival", *found)]
-    for rival in next(iter(found.values())):
-        cells = (str(statistics.interval(np.array(of[rival][measure]))).replace("+", "") for of in found.values())
-        rows.append((rival, *cells))
-    return report.markdown(rows)
+    """Return what each rival reaches in each situation, on the test set."""
+    columns = {
+        title: {rival: statistics.interval(np.array(of[measure])) for rival, of in scores.items()}
+        for title, scores in situations().items()
+    }
+    return report.intervals(columns)
+
+
+def paired_rivals(word: str) -> str:
+    """Return the differences of pairs of rivals; a star marks those that survive Holm's correction for all of them."""
+    pairs = re.findall(r"^\| (.+): more accurate than (.+?) +\|", newest("rivals_10000/report.md"), re.MULTILINE)
+    found = {title: evidence.compare_rivals(scores, pairs) for title, scores in situations().items()}
+    p_values = statistics.holm([verdict for verdicts in found.values() for verdict in verdicts]).reshape(len(found), -1)
+    rows: dict[str, list[str]] = {}
+    for verdicts, of_verdicts in zip(found.values(), p_values, strict=True):
+        for verdict, p in zip(verdicts, of_verdicts, strict=True):
+            star = "*" * bool(p < 1 - statistics.LEVEL)
+            rows.setdefault(verdict.claim, []).append(f"{verdict.interval}{star} {verdict.answer}")
+    return report.markdown([["claim", *found], *([claim, *row] for claim, row in rows.items() if word in claim)])
 
 
 def race_on_a_gpu() -> str:
@@ -167,6 +187,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "parity": parity,
     "study losses": partial(table_of, "dropout_sweep/report.md", 0),
     "study tested": partial(table_of, "dropout_sweep/report.md", 1),
+    "rivals paired, accuracy": partial(paired_rivals, "more accurate"),
+    "rivals paired, loss": partial(paired_rivals, "lower loss"),
     "rivals' accuracy": partial(rivals, "accuracy"),
     "rivals' loss": partial(rivals, "loss"),
     "rivals' calibration": partial(rivals, "calibration_error"),

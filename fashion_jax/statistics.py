@@ -135,7 +135,7 @@ def holm(verdicts: Sequence[Verdict]) -> Float[np.ndarray, " verdicts"]:
 
     >>> better = compare("it helps", np.array([0.9, 0.91, 0.9]), np.array([0.8, 0.8, 0.81]), quantity="accuracy")
     >>> holm([better, better]).round(4).tolist()
-    [0.0073, 0.0073]
+    [0.0066, 0.0066]
     """
     from scipy.special import stdtr, stdtrit
 

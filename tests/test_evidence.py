@@ -11,7 +11,7 @@ import pytest
 from scipy import stats
 
 from fashion_jax.evidence import CHOSEN_WIDTH, LAST, best_epochs, judge, late_rises, summarize
-from fashion_jax.statistics import compare, interval, paired
+from fashion_jax.statistics import compare, holm, interval, paired
 from fashion_jax.types import History, Metrics, Run
 
 RECORDS = Path(__file__).parents[1] / "benchmarks" / "records"
@@ -274,3 +274,18 @@ RUN = Run({}, made(curves(3)), {})
 def test_bad_input_is_named(call, error, message, unchecked):
     with pytest.raises(error, match=re.escape(message)):
         call()
+
+
+def test_holm_rejects_step_by_step():
+    rng = np.random.default_rng(0)
+    pairs = [(rng.normal(gain, 1, 8), rng.normal(0, 1, 8)) for gain in (3, 2, 2, 1, 1, 0, 0)]
+    p_values = holm([compare("better", *pair, quantity="accuracy") for pair in pairs])
+    p = np.array([stats.ttest_rel(*pair).pvalue for pair in pairs])
+    for level in np.linspace(0.001, 0.5, 200):
+        rejected = set()
+        for i, smallest in enumerate(np.argsort(p)):
+            if p[smallest] > level / (len(p) - i):
+                break
+            rejected.add(smallest)
+        assert rejected == set(np.flatnonzero(p_values <= level))
+    assert 0 < (p_values <= 0.05).sum() < (p <= 0.05).sum()
