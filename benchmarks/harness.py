@@ -45,8 +45,7 @@ class TimedFlags(Flags):
 def start(main: Callable[[Any], int | None], flags: type, description: str | None) -> NoReturn:
     """Read the flags and run."""
 
-    def checked(given: Any) -> int | None:
-        check(given)
+    def prepared(given: Any) -> int | None:
         commit()  # Before the code can change.
         if getattr(given, "data_dir", None):
             os.environ["FASHION_JAX_DATA"] = str(given.data_dir)  # Where `load` looks, in every process.
@@ -56,16 +55,7 @@ def start(main: Callable[[Any], int | None], flags: type, description: str | Non
 
     # Run by a path, a benchmark would not find its siblings.
     program = f"python -m benchmarks.{Path(sys.argv[0]).stem}".removesuffix(".__main__")
-    run_script(checked, flags, description, prog=program)
-
-
-def check(flags: Any) -> None:
-    """Raise ValueError where a count is below 1."""
-    for name, value in vars(flags).items():
-        least = 0 if name == "seed" else 1
-        for count in value if isinstance(value, tuple) else (value,):
-            if type(count) is int and count < least:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {count}")
+    run_script(prepared, flags, description, prog=program)
 
 
 def load_data() -> Data:

@@ -20,7 +20,7 @@ train, test = load()
 marks["data"] = time.time()
 epochs = []
 mark = lambda end: epochs.append(time.time())
-fit(train, test, key=jax.random.key(0), dropout_rate=0.2, epochs=2, callbacks=[mark])
+fit(train, test, key=jax.random.key(0), dropout_rate=0.2, epochs=2, callbacks=[mark], progress=False)
 marks["first epoch, with compilation"], marks["second epoch"] = epochs
 print(json.dumps(marks))
 """

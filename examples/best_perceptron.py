@@ -14,9 +14,9 @@ from fashion_jax import Batch, FashionMLP, Progress, TrainConfig, predict, sweep
 from fashion_jax.augment import shift_and_flip
 from fashion_jax.calibration import score
 from fashion_jax.data import hold_out, load, subset
-from fashion_jax.statistics import interval
 from fashion_jax.interop import save_safetensors
 from fashion_jax.script import exit_if_interrupted, flag, logger, publish, run_script
+from fashion_jax.statistics import interval
 
 MOVED, SEARCH_SEED = functools.partial(shift_and_flip, pixels=1), 1_000
 # A structure, layers and augmentation, is a compiled program; the numbers tried with it are the axes of one sweep.
@@ -30,7 +30,7 @@ STRUCTURES = {
 @dataclasses.dataclass(frozen=True)
 class Flags:
     structures: tuple[Literal["augmented", "deeper", "plain"], ...] = ("augmented",)  # Structures to try.
-    epochs: int = 40  # Passes over the training set, in the search and after it; at least 2.
+    epochs: int = 40  # Passes over the training set, in the search and after it.
     seeds: int = 8  # Number of seeds that are tested, from 0; their networks are written as network-SEED.safetensors.
     train_size: int = 60_000  # Training images to use; a sixth of them is held out for the search.
     checkpoint: Path | None = None  # Directory to save every epoch to; the same command resumes from there.
@@ -41,7 +41,7 @@ class Flags:
 def train(flags: Flags, title: str, structure: str, images: Batch, validation: Batch, **axes: Any):
     hidden, augment, _ = STRUCTURES[structure]
     steps = -(-len(images.labels) // 256)
-    schedule = optax.warmup_cosine_decay_schedule(0, 1, warmup_steps=steps, decay_steps=flags.epochs * steps)
+    schedule = optax.warmup_cosine_decay_schedule(0, 1, warmup_steps=steps, decay_steps=max(flags.epochs, 2) * steps)
 
     def adamw(learning_rate, weight_decay=0.0):
         return optax.adamw(lambda step: learning_rate * schedule(step), weight_decay=weight_decay)

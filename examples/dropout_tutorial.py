@@ -262,7 +262,7 @@ def show(end):
 
 
 display(Markdown("the first epoch takes longest: JAX compiles"), display_id="progress")
-result = sweep(train, test, seeds=SEEDS, dropout_rate=(0.0, 0.2), epochs=EPOCHS, callbacks=[show])
+result = sweep(train, test, seeds=SEEDS, dropout_rate=(0.0, 0.2), epochs=EPOCHS, callbacks=[show], progress=False)
 
 # %% [markdown]
 # Every measure is now an array with one number for each rate, seed and epoch. We take them apart by rate.

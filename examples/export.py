@@ -23,6 +23,8 @@ class Flags:
 
 
 def main(flags: Flags) -> None:
+    if not flags.model.exists():
+        raise FileNotFoundError(f"there is no network {flags.model}; examples/classify.py PICTURE trains one")
     if flags.model.suffix in (".pth", ".pt"):
         params = interop.load_torch(flags.model)
         config = TrainConfig(model=interop.model_for(params))

@@ -4,6 +4,9 @@ Each takes the argument's name and value, returns the value in the form that the
 raises an error that names the argument, what was found and what to do.
 """
 
+import dataclasses
+import difflib
+import functools
 import itertools
 import math
 import numbers
@@ -12,7 +15,7 @@ import textwrap
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +23,20 @@ import numpy as np
 from jax.core import Tracer
 
 from fashion_jax.types import Batch, History, Metrics
+
+# What others call something, where the two names have little in common.
+ELSEWHERE = {"lr": "learning_rate", "wd": "weight_decay", "p": "dropout_rate", "beta1": "b1", "beta2": "b2"}
+# Whose arguments are looked for in the wrong place; of two owners the later one is named.
+OWNERS = {
+    "optax.adamw": ("weight_decay",),
+    "optax.sgd": ("momentum", "nesterov"),
+    "fit": ("key", "start"),
+    "sweep": ("seeds", "devices", "lanes_at_once"),
+    "fit and sweep": ("learning_rate", "weight_decay", "dropout_rate", "epochs", "callbacks", "checkpoint", "progress"),
+    "TrainConfig": ("model", "optimizer", "loss", "augment", "eval_params", "batch_size", "evaluate_every", "metrics"),
+    "FashionMLP": ("hidden", "classes"),
+}
+Class = TypeVar("Class", bound=type)
 
 
 def integer(name: str, value: Any, least: int) -> int:
@@ -40,12 +57,45 @@ def got(value: Any) -> str:
     return textwrap.shorten(repr(value), 80, placeholder=" ...")
 
 
+def did_you_mean(name: str, own: Iterable[str], owners: Mapping[str, Iterable[str]] = OWNERS) -> str:
+    """Return a question for the end of a message, if a name resembles one of its owner's own, or of other owners.
+
+    >>> did_you_mean("optimiser", ["model", "optimizer"]), did_you_mean("lr", ["model", "optimizer"])
+    ('; did you mean optimizer?', '; did you mean learning_rate of fit and sweep?')
+    """
+    whose = {known: f" of {owner}" for owner, names in owners.items() for known in names} | dict.fromkeys(own, "")
+    meant = difflib.get_close_matches(ELSEWHERE.get(name, name), whose, n=1, cutoff=0.7)
+    return f"; did you mean {meant[0]}{whose[meant[0]]}?" if meant else ""
+
+
+def fields(cls: Any) -> list[str]:
+    """Return the names of a dataclass's fields, without those that Flax adds to a module's."""
+    return [field.name for field in dataclasses.fields(cls) if field.name not in ("parent", "name")]
+
+
+def known_fields(cls: Class) -> Class:
+    """Let the constructor of a dataclass tell which field was meant, which Python's own error does not."""
+    init, own = cls.__init__, fields(cls)
+
+    @functools.wraps(init)
+    def checked(self, *values, **named):
+        for name in named:
+            if name not in (*own, "parent", "name"):
+                hint = did_you_mean(name, own)
+                raise TypeError(f"{cls.__name__} has no field {name!r}; it has {', '.join(own)}{hint}")
+        init(self, *values, **named)
+
+    cls.__init__ = checked
+    return cls
+
+
 def number(name: str, value: Any) -> float:
     """Return a finite number, as Python's own."""
     untraced(name, value)
     scalar = isinstance(value, numbers.Real) or getattr(value, "shape", None) == ()
     if not scalar or isinstance(value, bool) or getattr(value, "dtype", np.dtype(float)).kind not in "fiuV":
-        hint = "; a schedule belongs in the optimizer factory, see TrainConfig" if callable(value) else ""
+        how = "as in TrainConfig(optimizer=lambda: optax.adam(schedule))"
+        hint = f"; a schedule belongs in the optimizer factory, {how}" if callable(value) else ""
         raise TypeError(f"{name} must be a number, got {got(value)}{hint}")
     if not math.isfinite(value):
         raise ValueError(f"{name} must be finite, got {value}")

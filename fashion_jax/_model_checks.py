@@ -27,8 +27,8 @@ def structure(config: Any) -> None:
         )
     if isinstance(config.optimizer, optax.GradientTransformation):
         raise TypeError(
-            "optimizer must be a factory such as optax.adam, and its numbers arguments of fit or sweep; got the "
-            "transformation that a factory returned"
+            "optimizer must be a factory, got the transformation that one returned; pass optax.adam, not "
+            "optax.adam(1e-3), and learning_rate=1e-3 to fit or sweep"
         )
     for name, value in [(name, getattr(config, name)) for name in ("optimizer", "loss", "augment", "eval_params")]:
         if not callable(value) and not (value is None and name in ("augment", "eval_params")):

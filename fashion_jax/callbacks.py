@@ -19,7 +19,8 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -72,6 +73,15 @@ class EpochEnd(NamedTuple):
 Callback = Callable[[EpochEnd], bool | None]
 
 
+def shown(callbacks: Iterable[Callback], progress: bool | None) -> list[Callback]:
+    """Return the callbacks, with a `Progress` if that is asked for or somebody watches, and none is there yet."""
+    found = _checks.functions("callbacks", callbacks)
+    if progress not in (True, False, None):
+        raise TypeError(f"progress must be True, False or None, got {_checks.got(progress)}")
+    wanted = _watched(sys.stderr) if progress is None else progress
+    return found + [Progress()] * (wanted and not any(isinstance(callback, Progress) for callback in found))
+
+
 class Progress:
     """Show each epoch: a bar on a terminal and in a notebook, one plain line an epoch elsewhere.
 
@@ -95,7 +105,8 @@ class Progress:
                 self._show(end, file)
 
     def _show(self, end: EpochEnd, file: Any) -> None:
-        from tqdm.auto import tqdm
+        with warnings.catch_warnings(action="ignore"):  # A notebook without ipywidgets has a bar of text.
+            from tqdm.auto import tqdm
 
         if end.epoch == 1 or end.epoch != self._last + 1:
             self._bar = None
@@ -106,7 +117,7 @@ class Progress:
         if np.shape(history.running_loss)[-1] not in _checks.evaluated(history):
             curves = {"training loss (running)": history.running_loss}
         figures = ", ".join(f"{name} {_means(end, curve)}" for name, curve in curves.items())
-        if not (file.isatty() or _in_notebook()):
+        if not _watched(file):
             epoch = ", ".join(filter(None, (f"epoch {end.epoch}/{end.epochs}", _settings(end))))
             print(f"{epoch}: {figures}", file=file, flush=True)
         elif self._bar is None:
@@ -186,6 +197,11 @@ class EarlyStopping:
             if np.any(better):
                 best, improved = np.where(better, loss, best), evaluation
         return losses.shape[-1] - improved >= self._patience
+
+
+def _watched(file: Any) -> bool:
+    """Return whether this is a terminal, or a notebook."""
+    return (file is not None and not getattr(file, "closed", False) and file.isatty()) or _in_notebook()
 
 
 def _in_notebook() -> bool:

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
-from fashion_jax import _model_checks
+from fashion_jax import _checks, _model_checks
 from fashion_jax.model import FashionMLP
 from fashion_jax.types import Measured, Metrics
 
@@ -30,6 +30,7 @@ def negative_log_likelihood(
     return -jnp.where(chosen, log_probs, 0).sum(axis=1)
 
 
+@_checks.known_fields
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """Model, optimizer, loss and batches; the tutorial's by default. One config is one compiled program.
@@ -54,7 +55,7 @@ class TrainConfig:
     Functions are compared by identity, so create a lambda or a `functools.partial` once.
 
     Raises:
-        TypeError: A field has the wrong type.
+        TypeError: A field has the wrong type, or there is no such field.
         ValueError: A size is too small.
 
     >>> TrainConfig(batch_size=0)

@@ -59,7 +59,10 @@ def load(
     named = data_dir or os.environ.get("FASHION_JAX_DATA")
     named = _checks.path("data_dir", named) if named else None
     if named and not named.is_dir() and source != "download":
-        raise FileNotFoundError(f"data_dir, or $FASHION_JAX_DATA, is not a directory: {named}")
+        raise FileNotFoundError(
+            f"data_dir, or $FASHION_JAX_DATA, is not a directory: {named}; leave it out for the data that "
+            f"`python -m fashion_jax.data --name {name}` fetches"
+        )
     looked = []
     for read, place in sources.candidates(data_set, source, named):
         try:
@@ -76,10 +79,10 @@ def load(
             return sources.download(data_set, named)
     except ConnectionError as error:
         looked.append(str(error))
-    debian = ", or install Debian's package dataset-fashion-mnist" if name == "fashion_mnist" else ""
+    debian = ", or install Debian's package dataset-fashion-mnist, which `make data` does without root"
     raise FileNotFoundError(
         f"no {data_set.title} in {', '.join(dict.fromkeys(looked))}; put {', '.join(FILES)} into a directory "
-        f"and name it by data_dir or $FASHION_JAX_DATA{debian}"
+        f"and name it by data_dir or $FASHION_JAX_DATA{debian if name == 'fashion_mnist' else ''}"
     )
 
 

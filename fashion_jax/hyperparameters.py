@@ -8,15 +8,27 @@ factory.
 import dataclasses
 import inspect
 import numbers
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
+import numpy as np
 import optax
 
 from fashion_jax import _checks
 from fashion_jax.config import TrainConfig
+
+
+def checked(config: TrainConfig, hyperparameters: Mapping[str, Any], *, axes: bool = False) -> dict[str, Any]:
+    """Return what users gave as Python's numbers; with `axes`, a sequence as a tuple of them."""
+    if not isinstance(config, TrainConfig):
+        raise TypeError(f"config must be a TrainConfig, got {_checks.got(config)}")
+    _find(config, hyperparameters)
+    return {
+        name: _checks.axis(name, value, _checks.number) if axes and np.ndim(value) else _checks.number(name, value)
+        for name, value in hyperparameters.items()
+    }
 
 
 def complete(config: TrainConfig, hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
@@ -25,13 +37,7 @@ def complete(config: TrainConfig, hyperparameters: Mapping[str, Any]) -> dict[st
     >>> complete(TrainConfig(), {"b1": 0.8})
     {'dropout_rate': 0.0, 'learning_rate': 0.003, 'b1': 0.8}
     """
-    fields, arguments = _fields(config.model), _arguments(config.optimizer)
-    for name in hyperparameters:
-        if name not in fields and name not in arguments and "**" not in arguments:
-            raise TypeError(
-                f"there is no hyperparameter {name!r}; the model has {', '.join(fields) or 'none'}; the optimizer has "
-                f"{', '.join(arguments) or 'none'}"
-            )
+    fields, arguments = _find(config, hyperparameters)
     tutorial = {"learning_rate": 0.003} if "learning_rate" in arguments else {}
     completed = fields | tutorial | dict(hyperparameters)
     parameters = inspect.signature(config.optimizer).parameters.values()
@@ -65,6 +71,20 @@ def compose_model(config: TrainConfig, hyperparameters: Mapping[str, Any]) -> nn
     """Build the model with those hyperparameters that are fields of it."""
     fields = _fields(config.model)
     return config.model.clone(**{name: value for name, value in hyperparameters.items() if name in fields})
+
+
+def _find(config: TrainConfig, names: Iterable[str]) -> tuple[dict[str, float], list[str]]:
+    """Return the model's fields and the optimizer's arguments; raise TypeError for a name that is none of them."""
+    fields, arguments = _fields(config.model), _arguments(config.optimizer)
+    for name in names:
+        if name not in fields and name not in arguments and "**" not in arguments:
+            own = (*fields, *arguments, "epochs", "callbacks", "checkpoint", "progress")
+            others = {"fit and sweep": (), type(config.model).__name__: _checks.fields(config.model)}
+            raise TypeError(
+                f"there is no hyperparameter {name!r}; the model has {', '.join(fields) or 'none'}; the optimizer has "
+                f"{', '.join(arguments) or 'none'}{_checks.did_you_mean(name, own, _checks.OWNERS | others)}"
+            )
+    return fields, arguments
 
 
 def _fields(model: nn.Module) -> dict[str, float]:

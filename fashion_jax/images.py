@@ -182,7 +182,7 @@ def _decode(path: Path) -> tuple[Pixels, Pixels]:
     starts = [content.startswith(b"\x89PNG"), content.startswith(b"\xff\xd8"), content[8:12] == b"WEBP"]
     plugins: Any = [PngImagePlugin.PngImageFile, JpegImagePlugin.JpegImageFile, WebPImagePlugin.WebPImageFile]
     if not any(starts):
-        raise ValueError(f"{path} is not a PNG, JPEG or WebP image")
+        raise ValueError(f"{path} is not a PNG, JPEG or WebP image; convert it to PNG or JPEG")
     try:
         with warnings.catch_warnings(action="ignore"):  # Of odd metadata.
             picture = plugins[starts.index(True)](io.BytesIO(content))

@@ -54,6 +54,7 @@ class Dropout(nn.Module):
         return jnp.where(keep, scaled, 0)
 
 
+@_checks.known_fields
 class FashionMLP(nn.Module):
     """A multilayer perceptron: ReLU and dropout after each hidden layer, log-softmax output; the tutorial's by default.
 

@@ -5,9 +5,11 @@ from typing import Literal
 import flax.linen as nn
 from jaxtyping import Array, Float, UInt8
 
+from fashion_jax._checks import known_fields
 from fashion_jax.model import Dropout, normalize
 
 
+@known_fields
 class NormalizedMLP(nn.Module):
     """A multilayer perceptron with batch or layer normalization before each ReLU, and dropout after it.
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 
 from fashion_jax import _checks, files
 from fashion_jax.statistics import Interval, Verdict
@@ -28,12 +28,15 @@ _CURVES: dict[str, dict[str, Any]] = {
     "training loss (eval mode)": {"color": "#d1443c", "linestyle": "--", "linewidth": 1.6},
     "validation loss": {"color": _BLUE, "linestyle": "-", "linewidth": 2},
 }
+# Arms in one panel differ in lightness and dashes, too.
+_ARMS = (_BLUE, "#d1443c", "#d98c1f", "#2f8f6b", "#7d5ba6")
+_DASHES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)))
 
 
 def losses(
     arms: Mapping[str, History], *, reference: Mapping[str, History] | None = None
 ) -> "matplotlib.figure.Figure":
-    """Draw the losses of each arm against the epoch, one panel an arm, on one scale.
+    """Draw the losses of each arm against the epoch, one panel an arm, three in a row, on one scale.
 
     Lines are means over seeds, bands ± one standard deviation. A ring marks the epoch with the lowest mean validation
     loss. Diverged runs are left out, and the title says so.
@@ -53,13 +56,16 @@ def losses(
     ['no dropout']
     """
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(1 + 4.5 * len(arms), 4.6), layout="constrained")
-    panels = figure.subplots(1, len(arms), sharey=True, squeeze=False)[0]
+    columns = min(3, len(arms))
+    rows = -(-len(arms) // columns)
+    figure = Figure(figsize=(1 + 4.5 * columns, 0.6 + 4 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
+    for axes in grid.flat[len(arms) :]:
+        axes.set_axis_off()
     handles: dict[str, Any] = {}
     seeds = 1
-    for axes, (title, history) in zip(panels, arms.items(), strict=True):
+    for axes, (title, history) in zip(grid.flat, arms.items(), strict=False):
         curves = _losses(f"arms[{title!r}]", history)
         seeds = max(seeds, len(curves[0]))
         diverged = ~np.isfinite(curves[0]).all(axis=1)
@@ -71,12 +77,38 @@ def losses(
             handles |= _thin(axes, _losses(f"reference[{title!r}]", reference[title]))
         _ring(axes, drawn[2].mean(axis=0))
         axes.set_title(title + note, parse_math=False)
-        axes.set_xlabel("epoch")
-        axes.set_xlim(0, curves.shape[2] + 1)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(alpha=0.3)
-    panels[0].set_ylabel("loss (nats)" + (f", mean ± std of {seeds} seeds" if seeds > 1 else ""))
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=min(3, 1 + len(arms)), frameon=False)
+        _epoch_axis(axes, curves.shape[2])
+    for axes in grid[:, 0]:
+        axes.set_ylabel("loss (nats)" + (f", mean ± std of {seeds} seeds" if seeds > 1 else ""))
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=1 + min(2, len(arms)), frameon=False)
+    return figure
+
+
+def overlay(arms: Mapping[str, History]) -> "matplotlib.figure.Figure":
+    """Draw validation loss and accuracy of all arms, as for `losses`, in one panel each; thin lines are single seeds.
+
+    >>> from fashion_jax.types import Metrics
+    >>> curve = np.array([0.5, 0.4, 0.45])
+    >>> figure = overlay({"no dropout": History(curve, Metrics(curve, curve), Metrics(curve, 1 - curve))})
+    >>> [axes.get_ylabel() for axes in figure.axes]
+    ['validation loss (nats)', 'accuracy']
+    """
+    from matplotlib.figure import Figure
+
+    figure, lines = Figure(figsize=(10, 4.6), layout="constrained"), {}
+    panels = dict(zip(("validation loss (nats)", "accuracy"), figure.subplots(1, 2), strict=True))
+    for i, (title, history) in enumerate(arms.items()):
+        style = {"color": _ARMS[i % len(_ARMS)], "linestyle": _DASHES[i % len(_DASHES)]}
+        metrics = _checks.history(f"arms[{title!r}]", history, must_be_finite=False).validation
+        for (label, axes), values in zip(panels.items(), (metrics.loss, metrics.accuracy), strict=True):
+            runs = np.reshape(values, (-1, np.shape(values)[-1]))
+            evaluated = np.flatnonzero(~np.isnan(runs).all(axis=0))
+            axes.plot(evaluated + 1, runs[:, evaluated].T, color=style["color"], linewidth=0.4, alpha=0.4)
+            (lines[title],) = axes.plot(evaluated + 1, np.nanmean(runs[:, evaluated], axis=0), linewidth=2.4, **style)
+            axes.set_ylabel(label)
+            _epoch_axis(axes, runs.shape[1])
+    names = [title.replace("$", r"\$") for title in lines]
+    figure.legend(lines.values(), names, loc="outside lower center", ncols=min(5, len(arms)), frameon=False)
     return figure
 
 
@@ -200,13 +232,19 @@ def classification(
 
 
 def samples(
-    images: UInt8[Array | np.ndarray, "n height width *channels"], *, columns: int = 30
+    images: UInt8[Array | np.ndarray, "n height width *channels"],
+    *,
+    columns: int = 30,
+    labels: Int[Array | np.ndarray, " n"] | None = None,
+    class_names: Sequence[str] = (),
 ) -> "matplotlib.figure.Figure":
-    """Draw many images as one sheet, row by row; 900 make the tutorial's.
+    """Draw many images as one sheet, row by row; 900 make the tutorial's. With labels, each row has a class.
 
     Args:
-        images: Pixels, 0 to 255; the last row is filled up with black.
+        images: Pixels, 0 to 255, grey or RGB; the last row is filled up with black.
         columns: Images a row.
+        labels: Class of each image; of each class the first images are drawn.
+        class_names: Name of each class, if labels are given.
 
     Raises:
         TypeError: The images are not uint8.
@@ -220,17 +258,17 @@ def samples(
     images, columns = _checks.pixels("images", images), _checks.integer("columns", columns, 1)
     if images.ndim < 3 or not len(images):
         raise ValueError(f"images must have shape [n, height, width] and not be empty, got {list(images.shape)}")
-    n, height, width, *channels = images.shape
-    rows = -(-n // columns)
-    grid = np.zeros((rows * columns, height, width, *channels), np.uint8)
-    grid[:n] = images
-    sheet = grid.reshape(rows, columns, height, width, *channels).swapaxes(1, 2)
-    sheet = sheet.reshape(rows * height, columns * width, *channels)
-    scale = 8.4 / max(sheet.shape[:2])
-    figure = Figure(figsize=(sheet.shape[1] * scale, sheet.shape[0] * scale))
-    axes = figure.add_axes((0, 0, 1, 1))
+    classes = range(len(class_names)) if labels is not None else ()
+    parts = [images[np.asarray(labels) == label][:columns] for label in classes] or [images]
+    sheet = np.concatenate([_rows(part, columns) for part in parts])
+    scale, margin = 8.4 / max(sheet.shape[:2]), 0.0 if labels is None else 1.2
+    width = margin + sheet.shape[1] * scale
+    figure = Figure(figsize=(width, sheet.shape[0] * scale))
+    axes = figure.add_axes((margin / width, 0, 1 - margin / width, 1))
     axes.imshow(sheet, cmap="gray", vmin=0, vmax=255)
     axes.set_axis_off()
+    for row, name in zip(classes, class_names, strict=False):
+        axes.text(-5, (row + 0.5) * images.shape[1], name, ha="right", va="center", parse_math=False)
     return figure
 
 
@@ -254,26 +292,15 @@ def save(figure: "matplotlib.figure.Figure", path: str | os.PathLike[str], *, dp
     b'PNG'
     """
     target = _checks.path("path", path)
-    files.write(target, encode(figure, target.suffix[1:], dpi=dpi))
-
-
-def encode(figure: "matplotlib.figure.Figure", kind: str = "png", *, dpi: int = 150) -> bytes:
-    """Return a figure as the content of a file.
-
-    Args:
-        figure: Any matplotlib Figure.
-        kind: The format, such as png, pdf or svg.
-        dpi: Pixels an inch.
-
-    Raises:
-        ValueError: There is no such format.
-
-    >>> encode(samples(np.zeros((4, 28, 28), np.uint8), columns=2))[1:4]
-    b'PNG'
-    """
     content = io.BytesIO()
-    figure.savefig(content, format=kind, dpi=dpi)
-    return content.getvalue()
+    figure.savefig(content, format=target.suffix[1:], dpi=dpi)
+    files.write(target, content.getvalue())
+
+
+def _rows(images: UInt8[np.ndarray, "n height width *channels"], columns: int) -> UInt8[np.ndarray, "..."]:
+    _, height, width, *channels = images.shape
+    filled = np.pad(images, [(0, -len(images) % columns), *[(0, 0)] * (images.ndim - 1)])
+    return filled.reshape(-1, columns, height, width, *channels).swapaxes(1, 2).reshape(-1, columns * width, *channels)
 
 
 def _losses(name: str, history: History) -> Float[np.ndarray, "3 seeds epochs"]:
@@ -282,6 +309,14 @@ def _losses(name: str, history: History) -> Float[np.ndarray, "3 seeds epochs"]:
     if curves.ndim > 3:
         raise ValueError(f"{name} must have leaves [epochs] or [seeds, epochs], got {list(curves.shape[1:])}")
     return curves.reshape(3, -1, curves.shape[-1])
+
+
+def _epoch_axis(axes: "matplotlib.axes.Axes", epochs: int) -> None:
+    """Count epochs from 1 to the last one, which has a tick."""
+    step = next(step for step in (1, 2, 5, 10, 20, 50, 100, 200, 500, epochs) if epochs <= 8 * step)
+    axes.set_xticks(sorted({1, epochs, *range(step, epochs - step // 2, step)} if step > 1 else range(1, epochs + 1)))
+    axes.set(xlabel="epoch", xlim=(0, epochs + 1))
+    axes.grid(alpha=0.3)
 
 
 def _band(axes: "matplotlib.axes.Axes", runs: Float[np.ndarray, "seeds epochs"], style: dict[str, Any]) -> Any:

@@ -1,8 +1,10 @@
 """What examples and benchmarks share: flags, a log on standard error, results, errors in one line, exit statuses."""
 
 import contextlib
+import dataclasses
 import logging
 import os
+import shlex
 import sys
 import tempfile
 import warnings
@@ -11,7 +13,7 @@ from typing import Any, NoReturn
 
 import tyro
 
-from fashion_jax import devices, files, plot, report
+from fashion_jax import _checks, devices, files, page, plot, report
 from fashion_jax.types import History
 
 INTERRUPTED = 130
@@ -24,7 +26,7 @@ logger: logging.Logger = logging.getLogger(__name__)
 def run_script(
     main: Callable[[Any], int | None], flags_type: type, description: str | None, **options: Any
 ) -> NoReturn:
-    """Parse flags, run `main(flags)`, and exit: with its status, 1 after an error, 130 after Ctrl-C.
+    """Parse flags, check them, run `main(flags)`, and exit: with its status, 1 after an error, 130 after Ctrl-C.
 
     With `flags.distributed` the tasks of a job train together. Without it only one task may write to `flags.output`.
     """
@@ -33,6 +35,7 @@ def run_script(
     logging.getLogger("fashion_jax").setLevel(logging.INFO)
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
+        _check(flags)
         if output := getattr(flags, "output", None):
             _join_tasks(flags)
             output.mkdir(parents=True, exist_ok=True)
@@ -55,6 +58,19 @@ def run_script(
             raise
         status = 1
     sys.exit(status)
+
+
+def _check(flags: Any) -> None:
+    """Raise ValueError, which names the flag, for numbers that make no sense in any script."""
+    for field in dataclasses.fields(flags):
+        name, value = f"--{field.name.replace('_', '-')}", getattr(flags, field.name)
+        if field.name in ("rates", "sizes"):
+            _checks.axis(name, value, lambda _, one: one)
+        for one in value if isinstance(value, tuple) else (value,):
+            if type(one) is int:
+                _checks.integer(name, one, 0 if field.default == 0 else 1)
+            elif type(one) is float:
+                (_checks.rate if field.name in ("rate", "rates", "holdout") else _checks.number)(name, one)
 
 
 def _join_tasks(flags: Any) -> None:
@@ -92,21 +108,35 @@ def exit_if_interrupted(history: History, epochs: int) -> None:
 
 
 def publish(flags: Any, tables: Mapping[str, Any], figures: Mapping[str, Any], **records: Mapping[str, Any]) -> None:
-    """Write each record as JSON, the tables as report.md and the figures as PNG to `flags.output`; print the tables.
+    """Write records as JSON, tables as report.md, figures as PNG, and a page to share; print the tables.
 
-    Of several processes the first one does so.
+    All go to `flags.output`: each record as NAME.json, each figure as NAME.png, and everything but the records as
+    report.html, under the first paragraph of the docstring of the script. Of several processes the first one does so.
+
+    Args:
+        flags: The script's flags; their class is defined in the script.
+        tables: Heading of each table, and its rows, the heading row first, or its text.
+        figures: Name and matplotlib Figure of each.
+        **records: What else is to be kept.
     """
     import jax
 
     if jax.process_index() > 0:
         return
+    about = {"environment": report.environment(), "flags": flags}
     for name, record in records.items():
-        about = {"environment": report.environment(), "flags": flags}
         files.write(flags.output / f"{name}.json", report.as_json({**about, **record}))
-    texts = [table if isinstance(table, str) else report.markdown(table) for table in tables.values()]
-    text = "\n\n".join(f"{heading}\n\n{table}" for heading, table in zip(tables, texts, strict=True))
+    texts = {heading: table if isinstance(table, str) else report.markdown(table) for heading, table in tables.items()}
+    text = "\n\n".join(f"{heading}\n\n{table}" for heading, table in texts.items())
     files.write(flags.output / "report.md", text + "\n")
     for name, figure in figures.items():
         plot.save(figure, flags.output / f"{name}.png")
+    about = {"command": shlex.join(["python", *sys.argv]), "flags": flags, **about}
+    files.write(flags.output / "report.html", page.html(_title(flags), texts, figures, about=about))
     logger.info("the results are in %s", flags.output)
     print(text)
+
+
+def _title(flags: Any) -> str:
+    text = sys.modules[type(flags).__module__].__doc__ or flags.output.name
+    return " ".join(text.partition("\n\n")[0].rstrip(".").split())

@@ -17,12 +17,12 @@ import numpy as np
 from jaxtyping import Array, Key
 
 from fashion_jax import _checks, _model_checks
-from fashion_jax.callbacks import Callback, EpochEnd
+from fashion_jax.callbacks import Callback, EpochEnd, shown
 from fashion_jax.checkpoint import Checkpoints, NoStore, Store, describe, identify
 from fashion_jax.config import TrainConfig
 from fashion_jax.data import subset
 from fashion_jax.devices import Lanes
-from fashion_jax.hyperparameters import complete
+from fashion_jax.hyperparameters import checked, complete
 from fashion_jax.steps import eval_step, evaluate, init_state, train_epoch, train_step
 from fashion_jax.types import Batch, Best, History, Measured, Metrics, Run, Sweep, TrainState
 
@@ -54,6 +54,7 @@ def fit(
     epochs: int = 30,
     start: TrainState | Best | None = None,
     callbacks: Iterable[Callback] = (),
+    progress: bool | None = None,
     checkpoint: Checkpoints | str | os.PathLike[str] | None = None,
     **hyperparameters: float | int,
 ) -> Run:
@@ -71,6 +72,7 @@ def fit(
         start: A state to continue from, or the `best` of a run, whose parameters then start a new one.
         callbacks: Called after each epoch with an `EpochEnd`; the run ends when one returns a true bool. A run that
             resumes calls them for the last saved epoch again.
+        progress: Whether to show each epoch, as `Progress` does; by default on a terminal and in a notebook.
         checkpoint: Directory to save every epoch to. A run that was killed resumes there, and ends with the same bytes.
         **hyperparameters: Fields of the model, such as `dropout_rate`, and arguments of the optimizer factory.
 
@@ -87,9 +89,8 @@ def fit(
     >>> run.history.validation.loss.shape, int(run.state.step)
     ((2,), 4)
     """
-    lane = {name: _checks.number(name, value) for name, value in hyperparameters.items()}
-    lanes, here = [(_checks.key(key), lane)], jax.local_devices()[:1]
-    return _train(train, validation, config, epochs, callbacks, checkpoint, lanes, {}, here, 1, start)
+    lanes, here = [(_checks.key(key), checked(config, hyperparameters))], jax.local_devices()[:1]
+    return _train(train, validation, config, epochs, shown(callbacks, progress), checkpoint, lanes, {}, here, 1, start)
 
 
 def sweep(
@@ -100,6 +101,7 @@ def sweep(
     config: TrainConfig = TrainConfig(),
     epochs: int = 30,
     callbacks: Iterable[Callback] = (),
+    progress: bool | None = None,
     checkpoint: Checkpoints | str | os.PathLike[str] | None = None,
     devices: Sequence[Any] | None = None,
     lanes_at_once: int | None = None,
@@ -114,7 +116,7 @@ def sweep(
         train: Training examples.
         validation: Validation examples.
         seeds: Seed of each run.
-        config, epochs, callbacks, checkpoint: As for `fit`; several processes must share the directory.
+        config, epochs, callbacks, progress, checkpoint: As for `fit`; several processes must share the directory.
         devices: Devices to train on, all by default.
         lanes_at_once: Runs that a device trains together: by default 1 on a CPU, as many as fit on accelerators.
         **hyperparameters: As for `fit`; a sequence of numbers is an axis of the result.
@@ -131,9 +133,9 @@ def sweep(
     >>> result.history.validation.loss.shape, result.at(dropout_rate=0.2, seed=1).best.params["fc4"]["bias"].shape
     ((2, 3, 4), (10,))
     """
-    numbers = hyperparameters.items()
-    varied = {name: _checks.axis(name, value, _checks.number) for name, value in numbers if np.ndim(value)}
-    fixed = {name: _checks.number(name, value) for name, value in numbers if name not in varied}
+    numbers = checked(config, hyperparameters, axes=True)
+    varied = {name: values for name, values in numbers.items() if isinstance(values, tuple)}
+    fixed = {name: value for name, value in numbers.items() if name not in varied}
     seeds = _checks.axis("seeds", seeds, _checks.seed)
     lanes = [
         (jax.random.key(seed), fixed | dict(zip(varied, values, strict=True)))
@@ -143,6 +145,7 @@ def sweep(
     devices = jax.devices() if devices is None else devices
     if lanes_at_once is not None:
         lanes_at_once = _checks.integer("lanes_at_once", lanes_at_once, 1)
+    callbacks = shown(callbacks, progress)
     run = _train(train, validation, config, epochs, callbacks, checkpoint, lanes, axes, devices, lanes_at_once)
     return Sweep(axes, *run)
 
@@ -151,10 +154,7 @@ def _train(
     train, validation, config, epochs, callbacks, checkpoint, lanes, axes, devices, lanes_at_once, start=None
 ) -> Run:
     """Check the arguments that `fit` and `sweep` share, and run; leaves [*axes, ...]."""
-    if not isinstance(config, TrainConfig):
-        raise TypeError(f"config must be a TrainConfig, got {_checks.got(config)}")
     epochs = _checks.integer("epochs", epochs, 1)
-    callbacks = _checks.functions("callbacks", callbacks)
     train, validation = _checks.batch("train", train), _checks.batch("validation", validation)
     lanes = [(key, complete(config, numbers)) for key, numbers in lanes]
     _model_checks.experiment(config, train, validation, lanes)

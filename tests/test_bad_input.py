@@ -1,6 +1,7 @@
 """What callers get wrong: one line that names the argument and what was found, before anything is trained."""
 
 import functools
+import inspect
 import os
 import subprocess
 import sys
@@ -16,11 +17,12 @@ import pytest
 import torch
 from sweep_worker import LINEAR, ROOT, equal, parts
 
-from fashion_jax import FashionMLP, TrainConfig, devices, load, predict, subset
+from fashion_jax import FashionMLP, TrainConfig, _checks, devices, load, predict, subset
 from fashion_jax.callbacks import Progress
 from fashion_jax.checkpoint import Checkpoints
 from fashion_jax.devices import join_machines
 from fashion_jax.model import normalize
+from fashion_jax.networks import NormalizedMLP
 from fashion_jax.steps import evaluate, init_state
 from fashion_jax.train import fit, sweep
 from fashion_jax.types import Batch, Best
@@ -30,6 +32,7 @@ KEY = jax.random.key(0)
 T, V = TypeError, ValueError
 ONCE = "must hold at least one value, and none twice, got"
 SGD = TrainConfig(model=LINEAR.model, optimizer=optax.sgd)
+FREE = TrainConfig(model=LINEAR.model, optimizer=optax.contrib.schedule_free_sgd)
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +77,8 @@ DATA = [
     (lambda d: d._replace(images=np.ma.masked_less(d.images, 9)), T, r"\.images is a masked array"),
     (lambda d: d._replace(images=torch.from_numpy(d.images.copy())), T, r"\.images must be .* Tensor; .*\.numpy\(\)"),
     (lambda d: d._replace(images=d.images.tolist()), T, r"\.images must be a NumPy or JAX array, got list"),
+    (lambda d: d._replace(labels=d.labels.tolist()), T, r"\.labels must be .* got list; np\.asarray converts it"),
+    (lambda d: d._replace(labels=torch.tensor(d.labels)), T, r"\.labels must be .* got Tensor; \.numpy\(\) converts"),
     (lambda d: d._replace(labels=d.labels * 1.0), T, r"\.labels must be integers, got float64"),
     (lambda d: d._replace(labels=d.labels[:-1]), V, r" must hold images .* got \[200, 28, 28\] and \[199\]"),
     (lambda d: d._replace(labels=np.eye(10, dtype=int)[d.labels]), V, r" must hold .* and labels \[n\], got"),
@@ -94,15 +99,21 @@ FIT = [
     ({"key": 0}, T, r"^key must be one typed key, from jax\.random\.key\(seed\); got 0"),
     ({"key": jax.random.PRNGKey(0)}, T, "^key must be one typed key"),
     ({"key": jax.random.split(KEY)}, T, "^key must be one typed key"),
-    ({"lr": 0.1}, T, "^there is no hyperparameter 'lr'; the model has dropout_rate; the optimizer has learning_ra"),
+    ({"lr": 0.1}, T, r"^there is no hyperparameter 'lr'; the model has .*; the opt.*; did you mean learning_rate\?$"),
+    ({"wd": 0.1, "config": TrainConfig()}, T, r"hyperparameter 'wd'; .*; did you mean weight_decay of optax\.adamw\?$"),
+    ({"batch_size": 32}, T, r"hyperparameter 'batch_size'; .*; did you mean batch_size of TrainConfig\?$"),
+    ({"optimiser": optax.sgd(0.1)}, T, r"hyperparameter 'optimiser'; .*; did you mean optimizer of TrainConfig\?$"),
+    ({"num_classes": 26}, T, r"hyperparameter 'num_classes'; .*; did you mean classes of FashionMLP\?$"),
+    ({"epoch": 3}, T, r"hyperparameter 'epoch'; .*; did you mean epochs\?$"),
     ({"dropout_rate": 1.0}, V, r"^dropout_rate must lie in \[0, 1\), got 1\.0"),
     ({"dropout_rate": 1 - 1e-12}, V, r"^dropout_rate must lie in \[0, 1\)"),
     ({"learning_rate": float("nan")}, V, "^learning_rate must be finite, got nan"),
     ({"learning_rate": "0.1"}, T, "^learning_rate must be a number, got '0.1'"),
     ({"learning_rate": [0.1, 0.2]}, T, r"^learning_rate must be a number, got \[0\.1, 0\.2\]"),
-    ({"learning_rate": optax.constant_schedule(0.1)}, T, "^learning_rate must be .*; a schedule belongs in the opti"),
+    ({"learning_rate": optax.constant_schedule(0.1)}, T, "^learning_rate must .* in the optimizer factory, as in Tr"),
     ({"epochs": 0}, V, "^epochs must be at least 1, got 0"),
     ({"config": {"batch_size": 3}}, T, "^config must be a TrainConfig, got {'batch_size': 3}"),
+    ({"progress": "yes"}, T, "^progress must be True, False or None, got 'yes'"),
     ({"callbacks": Progress}, T, "^callbacks must be a list of functions, got <class"),
     ({"callbacks": [Progress]}, T, r"^callbacks must be a list of functions, got \[<class"),
     ({"checkpoint": 5}, T, "^checkpoint must be a path, got 5"),
@@ -119,6 +130,8 @@ FIT = [
     ),
     ({"config": TrainConfig(model=Logits())}, V, r"^the model must return log-prob.* sum to .*\.log_softmax"),
     ({"config": TrainConfig(optimizer=lambda learning_rate: None)}, T, "^optimizer must return an optax.*, got None"),
+    ({"config": TrainConfig(optimizer=lambda momentum: None)}, T, "^the optimizer needs momentum: numbers here, the"),
+    ({"config": FREE}, V, "^this optimizer keeps an average to evaluate; pass eval_params=optax"),
     ({"config": TrainConfig(loss=lambda p, y: p.sum())}, V, r"^loss must return one number an example, \[n\], got"),
     ({"config": TrainConfig(model=FashionMLP(classes=5))}, V, r"^train\.labels must lie in 0\.\.4, got 0\.\.9"),
 ]
@@ -127,7 +140,8 @@ SWEEP = [
     ({"seeds": []}, V, rf"^seeds {ONCE} \[\]"),
     ({"seeds": [0, 1, 0]}, V, rf"^seeds {ONCE} \[0, 1, 0\]"),
     ({"seeds": [2**32]}, V, r"^seeds must be at most 4294967295, got 4294967296"),
-    ({"seed": (1, 2)}, T, "^there is no hyperparameter 'seed'"),
+    ({"seed": (1, 2)}, T, r"^there is no hyperparameter 'seed'; .*; did you mean seeds of sweep\?$"),
+    ({"key": KEY}, T, r"^there is no hyperparameter 'key'; .*; did you mean key of fit\?$"),
     ({"dropout_rate": (0.0, 1.0)}, V, r"^dropout_rate must lie in \[0, 1\), got 1\.0"),
     ({"learning_rate": ()}, V, rf"^learning_rate {ONCE} \[\]"),
     ({"learning_rate": (0.3, 0.1 + 0.2)}, V, f"^learning_rate {ONCE}"),
@@ -141,7 +155,11 @@ OTHER = [
     (lambda d: jax.jit(functools.partial(fit, key=KEY))(d, d), T, r"^train\.images is traced by jax\.jit or jax\.vmap"),
     (lambda d: load(source="web"), V, "^source must be one of auto, idx, tfds, download; got 'web'"),
     (lambda d: join_machines("host:1", processes=2), V, "^coordinator, processes and process belong together, got 'h"),
-    (lambda d: TrainConfig(optimizer=optax.adam(0.1)), T, r"^optimizer must be a factory such as optax\.adam"),
+    (lambda d: TrainConfig(optimizer=optax.lion(0.1)), T, "^optimizer must be a factory, .*; pass optax.adam, not opt"),
+    (lambda d: TrainConfig(optimiser=optax.sgd), T, "^TrainConfig has no field 'optimiser'; .* did you mean optimizer"),
+    (lambda d: TrainConfig(lr=0.1), T, "^TrainConfig has no field 'lr'; .* you mean learning_rate of fit and sweep"),
+    (lambda d: FashionMLP(num_classes=3), T, "^FashionMLP has no field 'num_classes'; it has .* did you mean classes"),
+    (lambda d: NormalizedMLP(dropout=0.2), T, "^NormalizedMLP has no field 'dropout'; .*; did you mean dropout_rate"),
     (lambda d: evaluate({"fc1": {}}, d), V, r"^params do not fit the model: fc1\.bias is missing"),
     (lambda d: predict({"fc1": {}}, d.images / 255), T, "^images must be uint8 pixels from 0 to 255, got float64"),
 ]
@@ -151,6 +169,14 @@ CASES = [(run, *row) for row in FIT] + [(grid, *row) for row in SWEEP] + [(call,
 @pytest.mark.parametrize(("call", "changes", "error", "message"), CASES)
 def test_bad_arguments_are_named(data, call, changes, error, message):
     assert_raises(error, message, call, data, **changes)
+
+
+def test_those_who_are_said_to_have_an_argument_have_it():
+    has = {place: {*inspect.signature(place).parameters} for place in (fit, sweep, TrainConfig, optax.adamw, optax.sgd)}
+    both = (has[fit] & has[sweep]) | has[optax.adamw] | {*_checks.fields(FashionMLP)}
+    owned = {"fit": has[fit], "sweep": has[sweep], "fit and sweep": both, "TrainConfig": has[TrainConfig]}
+    owned |= {"optax.adamw": has[optax.adamw], "optax.sgd": has[optax.sgd], "FashionMLP": {*_checks.fields(FashionMLP)}}
+    assert all({*names} <= owned[owner] for owner, names in _checks.OWNERS.items())
 
 
 def test_other_kinds_of_the_same_are_accepted(data):

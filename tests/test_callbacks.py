@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from fashion_jax import Batch, FashionMLP, TrainConfig, fit, sweep
-from fashion_jax.callbacks import EarlyStopping, EpochEnd, JsonLines, Progress, read_json_lines
+from fashion_jax.callbacks import EarlyStopping, EpochEnd, JsonLines, Progress, read_json_lines, shown
 from fashion_jax.types import History, Metrics
 
 CONFIG = TrainConfig(model=FashionMLP(hidden=(8,)))
@@ -79,6 +79,27 @@ def test_each_run_has_one_bar_that_starts_where_the_run_does(monkeypatch, notebo
     assert [(shown[0], shown[-1]) for shown in epochs] == [("1/3", "3/3"), ("4/6", "6/6"), ("1/9", "1/9")]
     assert "dropout_rate 0 | 0.2: " in bars[0]
     assert "validation loss 1.0000 | 3.0000, accuracy 0.5000 | 1.5000" in bars[0]
+
+
+@pytest.mark.parametrize(
+    ("progress", "watched", "callbacks", "runs"),
+    [(None, False, 0, 0), (None, True, 0, 1), (False, True, 0, 0), (True, False, 0, 1), (True, True, 1, 1)],
+)
+def test_progress_is_shown_once_where_somebody_watches(small, monkeypatch, progress, watched, callbacks, runs):
+    tiny, file = Batch(*(leaf[:100] for leaf in small)), Terminal() if watched else io.StringIO()
+    monkeypatch.setattr(sys, "stderr", file)
+    how = {"config": CONFIG, "epochs": 2, "progress": progress}
+    fit(tiny, tiny, key=jax.random.key(0), callbacks=[Progress()] * callbacks, **how)
+    sweep(tiny, tiny, seeds=(0, 1), callbacks=iter([Progress()] * callbacks), **how)
+    assert len(re.findall(r"2/2.*validation loss", file.getvalue())) == 2 * runs
+
+
+@pytest.mark.parametrize("stream", [None, Terminal()])
+def test_a_run_without_standard_error_shows_nothing(small, monkeypatch, stream):
+    if stream:
+        stream.close()
+    monkeypatch.setattr(sys, "stderr", stream)
+    assert shown([], None) == []
 
 
 @pytest.mark.parametrize("kind", [io.StringIO, Terminal, Broken, type("BrokenTerminal", (Broken, Terminal), {}), None])

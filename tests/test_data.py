@@ -173,7 +173,7 @@ def test_the_error_says_where_it_looked(tiny, tmp_path):
         data.load(data_dir=place)
     message = str(caught.value)
     assert f"no Fashion-MNIST in {place} (which holds 0.png, 1.png, 2.png" in message
-    for part in (tmp_path / CACHE, tmp_path / TFDS, sources.DEBIAN_DIR, "Connection refused", *FILES):
+    for part in (tmp_path / CACHE, tmp_path / TFDS, sources.DEBIAN_DIR, "Connection refused", "`make data`", *FILES):
         assert str(part) in message
     assert "\n" not in message
     for source in ("idx", "tfds", "download"):
@@ -413,7 +413,7 @@ def test_parts_are_nested_stratified_and_keep_the_order(labels):
 
 
 BAD = [
-    (lambda _: data.load(data_dir="/no/such"), r"data_dir, or \$FASHION_JAX_DATA, is not a directory: /no/such"),
+    (lambda _: data.load(data_dir="/no/such"), r"data_dir, or .* is not a directory: /no/such; .* `python -m fashion"),
     (lambda _: data.load("/no/such"), "name must be one of .*, got '/no/such'; pass a directory as data_dir="),
     (lambda _: data.load(Path("/no/such")), r"name must be one of .*, got PosixPath.*; pass a directory as data_dir="),
     (lambda _: data.load(data_dir="gs://bucket"), "data_dir must be a local path"),

@@ -58,6 +58,15 @@ def test_names_exist(page):
         assert name in MODULES or hasattr(importlib.import_module(module), member), name
 
 
+def test_quoted_messages_are_those_that_tests_expect():
+    page = TEXTS[ROOT / "docs" / "troubleshooting.md"]
+    tests = "".join(path.read_text("utf-8") for path in (ROOT / "tests").glob("test_*.py")).replace("\\", "")
+    messages = re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE)
+    assert len(messages) > 10
+    for message in messages:
+        assert all(part.strip() in tests for part in message.split("...")), message
+
+
 @each_page
 def test_figures_are_those_of_the_records(page):
     for block, name, content, _ in tables.BLOCK.findall(TEXTS[page]):

@@ -86,6 +86,7 @@ def test_compare_gives_the_same_report_however_often_it_is_stopped(start, tmp_pa
     out, errors = process.communicate()
     # The epoch that it resumes from, and two more.
     assert (process.returncode, errors.count("\nepoch ")) == (0, 3), errors
+    assert "\n--reference has no curves of rate 0.1, 0.5\n" in errors
 
     process = start(flags, f"--output {tmp_path}/whole --epochs {epochs}")
     wait_for(process, 1)
@@ -95,6 +96,8 @@ def test_compare_gives_the_same_report_however_often_it_is_stopped(start, tmp_pa
     stopped, files = (
         {path.name: path.read_bytes() for path in sorted((tmp_path / name).iterdir())} for name in ("stopped", "whole")
     )
+    # The flags are the same but those that name places, which only the command tells.
+    assert len({re.sub(b"<code>python .*", b"", part.pop("report.html")) for part in (stopped, files)}) == 1
     assert stopped == files
     pictures = [f"{name}.png" for name in ("claims_0.1", "claims_0.5", "losses", "prediction", "samples")]
     assert list(files) == sorted([*pictures, "history.json", "report.json", "report.md"])
@@ -145,7 +148,7 @@ def run(monkeypatch, capsys, caplog, splits, tmp_path, unchecked):
     """Run an example here, on 1,200 and 300 images; return its exit status, what it printed, and what it logged."""
     train = data.subset(splits.train, 1_200, key=jax.random.key(1))
     test = data.subset(splits.test, 300, key=jax.random.key(1))
-    monkeypatch.setattr(data, "load", lambda load=data.load, **place: load(**place) and Splits(train, test))
+    monkeypatch.setattr(data, "load", lambda *name, load=data.load, **place: load(*name, **place) and Splits(train, test))
     monkeypatch.setattr(devices, "use_all_cores", lambda: None)
     monkeypatch.syspath_prepend(ROOT / "examples")
     monkeypatch.setenv("COLUMNS", "200")
@@ -180,16 +183,24 @@ def test_help_explains_every_flag(run, name):
 @pytest.mark.parametrize(
     ("name", "flags", "message"),
     [
-        ("compare_overfit", "--rates 0.2 1.5", r"dropout_rate must lie in \[0, 1\), got 1\.5"),
-        ("compare_overfit", "--holdout 1.5", "--holdout.*: fraction must leave examples in both parts, got 1.5"),
+        ("compare_overfit", "--rates 0.2 1.5", r"--rates must lie in \[0, 1\), got 1\.5"),
+        ("compare_overfit", "--rates 0 0", "--rates must hold at least one value, and none twice, got"),
+        ("compare_overfit", "--holdout 1.5", r"--holdout must lie in \[0, 1\), got 1\.5"),
+        ("compare_overfit", "--batch-size 0", "--batch-size must be at least 1, got 0"),
+        ("compare_overfit", "--learning-rate nan", "--learning-rate must be finite, got nan"),
+        ("compare_overfit", "--hidden 16 0", "--hidden must be at least 1, got 0"),
         ("compare_overfit", "--train-size 70000", "--train-size: size must be at most 1200"),
         ("compare_overfit", "--data-dir /no/where", "data_dir.* is not a directory: /no/where"),
         ("compare_overfit", "--output /dev/null/out", "Not a directory: '/dev/null/out'"),
         ("dropout_sweep", "--sizes 60000", "--sizes: size must be at most 1000"),
-        ("calibration", "--train-size 0", "--train-size: size must be at least 1, got 0"),
+        ("dropout_sweep", "--epochs 0", "--epochs must be at least 1, got 0"),
+        ("calibration", "--train-size 0", "--train-size must be at least 1, got 0"),
+        ("calibration", "--samples 0", "--samples must be at least 1, got 0"),
+        ("best_perceptron", "--seeds 0", "--seeds must be at least 1, got 0"),
         ("best_perceptron", "--train-size 2", "--train-size: fraction must leave examples in both parts"),
         ("classify", "", "there is no picture to classify"),
-        ("export", "/no/network.safetensors", "No such file or directory: '/no/network.safetensors'"),
+        ("classify", "shoe.png --seed -1", "--seed must be at least 0, got -1"),
+        ("export", "/no/network.safetensors", "there is no network /no/network.safetensors; examples/classify.py PICT"),
     ],
 )
 def test_bad_flags_are_named_in_one_line(run, tmp_path, name, flags, message):
@@ -238,7 +249,7 @@ def test_dropout_sweep_chooses_on_a_hold_out(run, tmp_path):
 
 def test_best_perceptron_is_chosen_on_a_hold_out(run, tmp_path):
     grid = {"dropout_rate": (0.0, 0.95), "weight_decay": (0.1,)}
-    flags = f"--epochs 2 --seeds 2 --train-size 600 --output {tmp_path}"
+    flags = f"--epochs 1 --seeds 2 --train-size 600 --output {tmp_path}"
     status, text, _ = run("best_perceptron", flags, STRUCTURES={"augmented": ((32,), None, grid)})
     assert status == 0
     tried = [row for row in cells(text) if row[0] == "augmented"]

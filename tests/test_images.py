@@ -236,6 +236,8 @@ def png(width: int, height: int) -> bytes:
     [
         (b"", "is not a PNG, JPEG or WebP image"),
         (b"hello", "is not a PNG, JPEG or WebP image"),
+        (b"\0\0\0\x18ftypheic" + bytes(100), "is not a PNG, JPEG or WebP image; convert it to PNG or JPEG$"),
+        (b"\0\0\0\x1cftypavif" + bytes(100), "is not a PNG, JPEG or WebP image; convert it to PNG or JPEG$"),
         (b"GIF89a" + bytes(100), "is not a PNG, JPEG or WebP image"),
         (png(100_000, 100_000), f"too large.*{MAX_PIXELS:,}"),
         (png(MAX_PIXELS // 1000, 1001), f"too large.*{MAX_PIXELS:,}"),

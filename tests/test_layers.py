@@ -12,7 +12,7 @@ import fashion_jax
 PACKAGE = Path(fashion_jax.__file__).parent
 # Each module imports only what stands before it; what reads results stands before what makes them.
 PLACES = """
-types _checks _threefry _convolution files augment images calibration statistics evidence report plot callbacks
+types _checks _threefry _convolution files augment images calibration statistics evidence report plot page callbacks
 loggers model networks nnx _model_checks config hyperparameters steps catalog sources data devices checkpoint train
 inference interop script
 """

@@ -51,6 +51,43 @@ def test_losses_draws_mean_band_and_lowest():
         assert axes.get_xlabel() == "epoch"
 
 
+@pytest.mark.parametrize("epochs", [1, 4, 7, 30, 33, 100])
+def test_the_last_epoch_has_a_tick_and_panels_wrap(epochs):
+    arms = {str(i): history(2, epochs) for i in range(5)}
+    figure = plot.losses(arms)
+    assert figure.axes[0].get_gridspec().get_geometry() == (2, 3)
+    assert [axes.get_title() for axes in figure.axes if axes.axison] == list(arms)
+    ticks = figure.axes[0].get_xticks().tolist()
+    assert (ticks[0], ticks[-1]) == (1, epochs)
+    assert len(ticks) <= 10
+
+
+def test_overlay_draws_means_over_single_seeds():
+    arms = {name: history(3, 5) for name in FORMULAS}
+    arms[FORMULAS[1]].validation.loss[:, 1] = np.nan  # An epoch that was not evaluated.
+    figure = plot.overlay(arms)
+    assert legend(figure.legends[0]) == [name.replace("$", "\\$") for name in FORMULAS]
+    for axes, values in zip(figure.axes, zip(*(arm.validation for arm in arms.values()), strict=True), strict=True):
+        for i, runs in enumerate(values):
+            *thin, mean = axes.lines[4 * i : 4 * i + 4]
+            evaluated = ~np.isnan(runs).all(axis=0)
+            np.testing.assert_allclose([line.get_ydata() for line in thin], runs[:, evaluated])
+            np.testing.assert_allclose(
+                mean.get_xydata().T, [np.flatnonzero(evaluated) + 1, runs.mean(axis=0)[evaluated]]
+            )
+        assert len({line.get_linestyle() for line in axes.lines[3::4]}) == len(arms)
+
+
+def test_samples_has_a_row_for_each_class():
+    images = np.arange(5, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 2, 3), np.uint8)
+    figure = plot.samples(images, columns=2, labels=np.array([1, 0, 1, 1, 1]), class_names=FORMULAS)
+    (axes,) = figure.axes
+    sheet = axes.images[0].get_array()
+    assert sheet.shape == (4, 4, 3)
+    assert sheet[::2, ::2, 0].tolist() == [[1, 0], [0, 2]]
+    assert [text.get_text() for text in axes.texts] == FORMULAS
+
+
 @pytest.mark.parametrize("epochs", [1, 5])
 def test_losses_of_one_run_have_no_band(epochs):
     (axes,) = plot.losses({"one": jax.tree.map(jnp.array, history(epochs))}).axes
