@@ -148,7 +148,9 @@ def run(monkeypatch, capsys, caplog, splits, tmp_path, unchecked):
     """Run an example here, on 1,200 and 300 images; return its exit status, what it printed, and what it logged."""
     train = data.subset(splits.train, 1_200, key=jax.random.key(1))
     test = data.subset(splits.test, 300, key=jax.random.key(1))
-    monkeypatch.setattr(data, "load", lambda *name, load=data.load, **place: load(*name, **place) and Splits(train, test))
+    monkeypatch.setattr(
+        data, "load", lambda *name, load=data.load, **place: load(*name, **place) and Splits(train, test)
+    )
     monkeypatch.setattr(devices, "use_all_cores", lambda: None)
     monkeypatch.syspath_prepend(ROOT / "examples")
     monkeypatch.setenv("COLUMNS", "200")
