@@ -11,11 +11,13 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import jax
 import numpy as np
 from scipy import stats
 
 from benchmarks import harness
 from fashion_jax import evidence, files, report, statistics
+from fashion_jax.types import History, Metrics
 
 ROOT, RECORDS = harness.ROOT, harness.RECORDS
 DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -23,6 +25,7 @@ DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 FOLDERS = {"AMD": "amd-epyc-2-cores", "Intel": "intel-xeon-2-cores", "H200": "nvidia-h200"}
 BLOCK = re.compile(r"(<!-- table: ([\w' ]+) -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
 CURVES = ROOT / "tests" / "reference" / "pytorch_curves.csv"
+DRAWS = 300  # Of a few seeds.
 SIZES, AUGMENTED = (1_000, 10_000, 50_000), {"": "", ", augmented": "_augmented"}.items()
 AMD, H200, BOTH = ("AMD",), ("H200",), ("AMD", "Intel")
 
@@ -124,6 +127,35 @@ def images_a_second(machine: str) -> str:
     return table("predict", [machine], programs, [("images/s", ",.0f")], label="images at a time", key="images")
 
 
+def recorded_arms() -> list[History]:
+    """Return both arms of the newest record of 32 seeds."""
+
+    def metrics(arm: Any, part: str) -> Metrics:
+        return Metrics(*(np.array(arm[part][name]) for name in Metrics._fields))
+
+    arms = json.loads(newest("seeds32/history.json"))["arms"].values()
+    return [History(np.array(arm["running_loss"]), metrics(arm, "train"), metrics(arm, "validation")) for arm in arms]
+
+
+def power() -> str:
+    """Return how often 4 or 8 of the 32 recorded seeds decide each claim, and how often not as all of them do."""
+    arms, rng, columns = recorded_arms(), np.random.default_rng(0), {}
+    claims, truth = zip(*((verdict.claim, verdict.answer) for verdict in evidence.judge(*arms)), strict=True)
+
+    def answers(seeds: np.ndarray) -> list[str]:
+        few: Any = [jax.tree.map(lambda leaf: leaf[seeds], arm) for arm in arms]
+        return [verdict.answer for verdict in evidence.judge(*few)]
+
+    for seeds in (4, 8):
+        found = np.array([answers(rng.choice(32, seeds, replace=False)) for _ in range(DRAWS)])
+        decided = found != "undecided"
+        columns[f"{seeds} seeds decide"] = decided.mean(axis=0)
+        columns[f"{seeds} seeds decide otherwise"] = (decided & (found != truth)).mean(axis=0)
+    cells = [[f"{share:.0%}" for share in shares] for shares in zip(*columns.values(), strict=True)]
+    rows = [[claim, answer, *row] for claim, answer, row in zip(claims, truth, cells, strict=True)]
+    return report.markdown([["claim", "32 seeds", *columns], *rows])
+
+
 def situations() -> dict[str, Any]:
     """Return the scores of each rival in each situation that is recorded."""
     names = [(f"{size:,} images{note}", f"rivals_{size}{folder}") for note, folder in AUGMENTED for size in SIZES]
@@ -138,6 +170,27 @@ def rivals(measure: str) -> str:
         for title, scores in situations().items()
     }
     return report.intervals(columns)
+
+
+def earlier_rivals(measure: str) -> str:
+    """Return what each rival reached at 50,000 images in the newest record of the first design."""
+    found = json.loads(newest("when_dropout_helps/report.json"))["test"]
+    columns = {
+        title: {rival: statistics.interval(np.array(of[measure])) for rival, of in found[title].items()}
+        for title in ("50,000 images", "50,000 images, augmented")
+    }
+    return report.intervals(columns)
+
+
+def earlier_differences() -> str:
+    """Return dropout minus nothing at 50,000 images: in each of the two records, and in all their seeds."""
+    records = sorted(RECORDS.glob("*/when_dropout_helps/report.json"))
+    tests = [json.loads(record.read_text())["test"]["50,000 images"] for record in records]
+    rows = [["measure", *(record.parts[-3][:10] for record in records), "both"]]
+    for measure in ("accuracy", "loss"):
+        differences = [np.subtract(test["dropout"][measure], test["nothing"][measure]) for test in tests]
+        rows.append([measure, *map(str, map(statistics.interval, [*differences, np.concatenate(differences)]))])
+    return report.markdown(rows)
 
 
 def paired_rivals(word: str) -> str:
@@ -183,12 +236,18 @@ LAUNCHES = ("kernels a step", "launched by the host a step", "us a step and mode
 TABLES: dict[str, Callable[[], str]] = {
     "verdicts": partial(table_of, "seeds32/report.md", 1),
     "arms": partial(table_of, "seeds32/report.md", 0),
+    "power": power,
+    "early stopping": partial(table_of, "holdout32/report.md", 2),
+    "early stopping paired": partial(table_of, "holdout32/report.md", 3),
     "reproduced": reproduced,
     "parity": parity,
     "study losses": partial(table_of, "dropout_sweep/report.md", 0),
     "study tested": partial(table_of, "dropout_sweep/report.md", 1),
     "rivals paired, accuracy": partial(paired_rivals, "more accurate"),
     "rivals paired, loss": partial(paired_rivals, "lower loss"),
+    "earlier rivals' accuracy": partial(earlier_rivals, "accuracy"),
+    "earlier rivals' loss": partial(earlier_rivals, "loss"),
+    "earlier differences": earlier_differences,
     "rivals' accuracy": partial(rivals, "accuracy"),
     "rivals' loss": partial(rivals, "loss"),
     "rivals' calibration": partial(rivals, "calibration_error"),
