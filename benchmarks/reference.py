@@ -143,6 +143,110 @@ class FastLoop:
         return _evaluate(self.model, batches)
 
 
+class MaskedLoop(FastLoop):
+    """`FastLoop` with the dropout masks of an epoch drawn at once."""
+
+    def __init__(self, train: Batch, *, dropout_rate: float, **options: Any):
+        super().__init__(train, dropout_rate=dropout_rate, **options)
+        self.keep = 1 - dropout_rate
+        self.masks = [torch.empty(len(self.labels), width, device=self.device) for width in (256, 128, 64)]
+
+    def epoch(self) -> float:
+        """Train for one epoch; return the mean of the batch losses."""
+        for mask in self.masks:
+            mask.bernoulli_(self.keep).div_(self.keep)
+        batches = torch.randperm(len(self.labels), device=self.device).split(self.batch_size)
+        masks = zip(*(mask.split(self.batch_size) for mask in self.masks), strict=True)
+        return torch.stack([self.masked_step(*both) for both in zip(batches, masks, strict=True)]).mean().item()
+
+    def masked_step(self, rows: torch.Tensor, masks: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """Take a step on these rows of the training set, with these masks; return the batch's loss."""
+        loss = masked_loss(list(self.model.parameters()), self.images[rows], self.labels[rows], masks)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach()
+
+
+def masked_loss(params: list[torch.Tensor], x: torch.Tensor, labels: torch.Tensor, masks: Any) -> torch.Tensor:
+    """Compute the batch's loss by functions of weights and biases alone."""
+    *hidden, (weight, bias) = zip(params[::2], params[1::2], strict=True)
+    for (weights, biases), mask in zip(hidden, masks, strict=True):
+        x = relu(torch.addmm(biases, x, weights.t())) * mask
+    return nll_loss(log_softmax(torch.addmm(bias, x, weight.t()), dim=1), labels)
+
+
+class CompiledLoop(MaskedLoop):
+    """Forward, backward and Adam as one function, compiled by torch.compile."""
+
+    def __init__(self, train: Batch, **options: Any):
+        super().__init__(train, **options)
+        self.params = [param.detach() for param in self.model.parameters()]
+        self.moments = [[torch.zeros_like(param) for param in self.params] for _ in range(2)]
+        self.count = torch.zeros((), device=self.device)
+        self.update: Any = torch.compile(_update, fullgraph=True, dynamic=False)
+
+    def masked_step(self, rows: torch.Tensor, masks: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """Take a step, as `MaskedLoop` does."""
+        batch = (self.images[rows], self.labels[rows], masks)
+        return self.update(self.params, *self.moments, self.count, *batch)
+
+
+def _update(params: Any, means: Any, squares: Any, count: Any, x: Any, labels: Any, masks: Any) -> torch.Tensor:
+    grads, loss = torch.func.grad_and_value(masked_loss)(params, x, labels, masks)
+    count += 1
+    for param, mean, square, grad in zip(params, means, squares, grads, strict=True):
+        mean.lerp_(grad, 0.1)
+        square.mul_(0.999).addcmul_(grad, grad, value=0.001)
+        param.sub_(0.003 / (1 - 0.9**count) * mean / ((square / (1 - 0.999**count)).sqrt() + 1e-8))
+    return loss
+
+
+class HandLoop(MaskedLoop):
+    """No autograd: a backward pass by hand into given memory, and Adam on one flat vector."""
+
+    def __init__(self, train: Batch, **options: Any):
+        super().__init__(train, **options)
+        parts = [param.detach() for param in self.model.parameters()]
+        self.flat = nn.Parameter(torch.cat([part.reshape(-1) for part in parts]))
+        self.flat.grad = torch.zeros_like(self.flat)
+        sizes = [part.numel() for part in parts]
+        views = zip(self.flat.detach().split(sizes), self.flat.grad.split(sizes), parts, strict=True)
+        pairs = [(values.view_as(part), grad.view_as(part)) for values, grad, part in views]
+        for param, (values, _) in zip(self.model.parameters(), pairs, strict=True):
+            param.data = values
+        # Weights and biases of each layer, and their gradients.
+        self.layers = list(zip(pairs[::2], pairs[1::2], strict=True))
+        self.optimizer = torch.optim.Adam([self.flat], lr=0.003, fused=True)
+        self.memory = [torch.empty(self.batch_size, width, device=self.device) for width in (784, 256, 128, 64, 10)]
+
+    @torch.no_grad()
+    def masked_step(self, rows: torch.Tensor, masks: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """Take a step, as `MaskedLoop` does."""
+        x, *outputs = (part[: len(rows)] for part in self.memory)
+        activations = [torch.index_select(self.images, 0, rows, out=x)]
+        for ((weight, _), (bias, _)), out in zip(self.layers, outputs, strict=True):
+            torch.addmm(bias, activations[-1], weight.t(), out=out)
+            if len(activations) < len(self.layers):
+                out.relu_().mul_(masks[len(activations) - 1])
+            activations.append(out)
+        labels = self.labels[rows]
+        log_probs = log_softmax(activations.pop(), dim=1)
+        loss = nll_loss(log_probs, labels)
+        delta = log_probs.exp_()
+        delta[torch.arange(len(rows)), labels] -= 1
+        delta.div_(len(rows))
+        for (weight, grad), (_, bias_grad) in reversed(self.layers):
+            inputs = activations.pop()
+            torch.mm(delta.t(), inputs, out=grad)
+            torch.sum(delta, 0, out=bias_grad)
+            if activations:
+                # A unit passes on a gradient where it is on.
+                delta = torch.mm(delta, weight).masked_fill_(inputs <= 0, 0).div_(self.keep)
+        self.optimizer.step()
+        return loss
+
+
 class GraphLoop(FastLoop):
     """On a GPU, `FastLoop` with a whole step recorded as a CUDA graph, which the host then launches as one.
 

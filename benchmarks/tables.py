@@ -245,6 +245,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "study tested": partial(table_of, "dropout_sweep/report.md", 1),
     "rivals paired, accuracy": partial(paired_rivals, "more accurate"),
     "rivals paired, loss": partial(paired_rivals, "lower loss"),
+    "mnist": partial(table_of, "mnist/report.md", 1),
+    "digits": lambda: harness.table(rows_of("digits", "")),
     "earlier rivals' accuracy": partial(earlier_rivals, "accuracy"),
     "earlier rivals' loss": partial(earlier_rivals, "loss"),
     "earlier differences": earlier_differences,

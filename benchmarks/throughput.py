@@ -12,13 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import harness
-from benchmarks.reference import FastLoop, GraphLoop, TutorialLoop
+from benchmarks.reference import CompiledLoop, FastLoop, GraphLoop, HandLoop, MaskedLoop, TutorialLoop
 from fashion_jax import Batch, TrainConfig, fit
 from fashion_jax.report import read_curves
 from fashion_jax.train import Data, evaluate, init_state, train_epoch, train_step
 
 RATE = 0.2
 EAGER, TUTORIAL = "PyTorch, in memory, fused Adam", "PyTorch, the tutorial's loop"
+BY_HAND = "PyTorch, gradients by hand"
 CURVES = harness.ROOT / "tests" / "reference" / "pytorch_curves.csv"
 # Beyond the range of three reference runs: about three standard deviations between seeds.
 SLACK = 0.010
@@ -125,6 +126,9 @@ def makers(flags: Flags, data: Data, size: int, device: str) -> Mapping[str, Cal
     loops = {
         EAGER: (True, FastLoop, loop),
         "PyTorch, the same, compiled": (flags.compile, FastLoop, {**loop, "compiled": True}),
+        "PyTorch, masks of an epoch at once": (True, MaskedLoop, loop),
+        "PyTorch, one compiled function a step": (flags.compile, CompiledLoop, loop),
+        BY_HAND: (True, HandLoop, loop),
         "PyTorch, the same, as a CUDA graph": (device == "cuda", GraphLoop, loop),
         "PyTorch, compiled, as a CUDA graph": (
             device == "cuda" and flags.compile,

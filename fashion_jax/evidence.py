@@ -186,8 +186,8 @@ def compare_rivals(scores: Mapping[str, Mapping[str, PerSeed]], pairs: Iterable[
         scores: "accuracy" and "loss" of each rival, one number for each repetition; the rivals share repetitions.
         pairs: Names of two rivals each.
 
-    >>> scores = {"dropout": {"accuracy": [0.9, 0.91], "loss": [0.3, 0.3]}}
-    >>> scores["nothing"] = {"accuracy": [0.8, 0.812], "loss": [0.3, 0.301]}
+    >>> scores = {"dropout": {"accuracy": np.array([0.9, 0.91]), "loss": np.array([0.3, 0.3])}}
+    >>> scores["nothing"] = {"accuracy": np.array([0.8, 0.812]), "loss": np.array([0.3, 0.301])}
     >>> [verdict.answer for verdict in compare_rivals(scores, [("dropout", "nothing")])]
     ['supported', 'negligible']
     """

@@ -15,19 +15,17 @@ IMAGES, EPOCHS, SEEDS = 640, 4, 2
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
-def run(*arguments: str | Path, cwd: Path, **variables: str) -> None:
+def run(*arguments: str | Path, cwd: Path) -> None:
     """Run Python in a process of its own: pages set up devices, and Sphinx changes how annotations are made."""
     command = [sys.executable, *map(str, arguments)]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])} | variables
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 def run_blocks(*pages: Path, cwd: Path) -> None:
     """Run the blocks of pages; what the package warns of is part of them."""
-    # Pages compile for longer than they train.
-    options = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
-    run("-W", "error", "-W", "default::UserWarning", __file__, *pages, cwd=cwd, **options)
+    run("-W", "error", "-W", "default::UserWarning", __file__, *pages, cwd=cwd)
 
 
 def on_few(function):

@@ -12,8 +12,8 @@ import torch
 import tyro
 
 from benchmarks import __main__ as all_benchmarks
-from benchmarks import ablation, fuzz, harness, throughput
-from benchmarks.reference import FastLoop, GraphLoop, TutorialLoop
+from benchmarks import ablation, fuzz, harness, reference, throughput
+from benchmarks.reference import CompiledLoop, FastLoop, GraphLoop, HandLoop, MaskedLoop, TutorialLoop
 from fashion_jax import Batch, TrainConfig
 from fashion_jax.interop import from_torch
 from fashion_jax.train import Carry, Data, evaluate, init_state, train_step
@@ -121,3 +121,17 @@ def test_a_reader_that_misses_damage_is_found_out():
 
     # Without checks, without a name, and without care.
     assert [ends(load) for load in (lambda _: False, lambda _: int("x"), {}.pop)] == [{end} for end in fuzz.FAILURES]
+
+
+def test_gradients_by_hand_and_one_function_a_step_are_autograd(few):
+    loops = [kind(few.train, dropout_rate=0.2, batch_size=20) for kind in (MaskedLoop, HandLoop, CompiledLoop)]
+    loops[2].update = reference._update  # What torch.compile compiles, which takes a minute.
+    for rows in torch.randperm(50).split(20):  # The last batch is short.
+        masks = tuple(torch.empty(len(rows), width).bernoulli_(0.8).div_(0.8) for width in (256, 128, 64))
+        losses = [loop.masked_step(rows, masks).item() for loop in loops]
+        assert losses[1:] == pytest.approx(losses[:1] * 2, rel=1e-5)
+    first, *others = ([param.detach().numpy() for param in loop.model.parameters()] for loop in loops)
+    for params in others:
+        for ours, theirs in zip(params, first, strict=True):
+            # Adam's first steps are 0.003 each, whatever the gradient's size.
+            np.testing.assert_allclose(ours, theirs, atol=2e-4)

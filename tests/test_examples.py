@@ -99,7 +99,7 @@ def test_compare_gives_the_same_report_however_often_it_is_stopped(start, tmp_pa
     # The flags are the same but those that name places, which only the command tells.
     assert len({re.sub(b"<code>python .*", b"", part.pop("report.html")) for part in (stopped, files)}) == 1
     assert stopped == files
-    pictures = [f"{name}.png" for name in ("claims_0.1", "claims_0.5", "losses", "prediction", "samples")]
+    pictures = [f"{name}.png" for name in ("arms", "claims_0.1", "claims_0.5", "losses", "prediction", "samples")]
     assert list(files) == sorted([*pictures, "history.json", "report.json", "report.md"])
     assert files["report.md"].decode() == out
 
