@@ -164,13 +164,15 @@ def main(flags: Flags) -> None:
         turns = harness.take_turns({name: program.turn for name, program in programs.items()}, flags.repetitions)
         for what, attribute in (("training", "training"), ("training and evaluation", "both")):
             seconds = {name: [getattr(turn, attribute) for turn in runs] for name, runs in turns.items()}
-            rivals = [name for name in seconds if name.startswith("PyTorch") and name != TUTORIAL]
+            rivals = [name for name in seconds if name.startswith("PyTorch") and name not in (TUTORIAL, BY_HAND)]
             best = min(rivals, key=lambda name: np.median(seconds[name]))
             for name, runs in seconds.items():
                 row: harness.Row = {"batch size": size, "what": what, "program": name}
                 row |= {"loss after 1 epoch": first[name].loss, **harness.spread(runs)}
                 row |= {"images/s": len(data.train.labels) / row["median (s)"], "first epoch (s)": first[name].training}
                 row["x PyTorch at its best"] = harness.ratio(seconds[best], runs)
+                if BY_HAND in seconds:
+                    row["x gradients by hand"] = harness.ratio(seconds[BY_HAND], runs)
                 if TUTORIAL in seconds:
                     row["x the tutorial's loop"] = harness.ratio(seconds[TUTORIAL], runs)
                 rows.append(row)
