@@ -79,7 +79,7 @@ def main(flags: Flags) -> None:
     figures["reliability"].axes[0].legend(fontsize="small")
     figures["entropy"].axes[0].set_ylabel("share of images with at most this entropy")
     figures["entropy"].axes[0].legend(fontsize="small")
-    publish(flags, tables, figures, report={"arms": scores, "mean": means})
+    publish(flags, tables, figures, report={"arms": scores, "mean": means, "detection": areas})
 
 
 def cell(values: np.ndarray) -> str:

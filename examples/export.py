@@ -83,7 +83,7 @@ def main(flags: Flags) -> None:
             rows.append([name, f"{np.abs(theirs - ours).max():.1e}", f"{(theirs.argmax(axis=1) == labels).mean():.4f}"])
         except ImportError as error:
             rows.append([name, f"not run: {error}", "-"])
-    publish(flags, {f"{flags.model.name}, read and run elsewhere:": rows}, {})
+    publish(flags, {f"{flags.model.name}, read and run elsewhere:": rows}, {}, report={"routes": rows})
 
 
 if __name__ == "__main__":
