@@ -126,7 +126,7 @@ class FastLoop:
         return torch.stack([self.step(rows) for rows in order.split(self.batch_size)]).mean().item()
 
     def step(self, rows: torch.Tensor) -> torch.Tensor:
-        """Take a step on these rows of the training set; return the batch's loss."""
+        """Train on these rows of the training set; return the batch's loss."""
         loss = self.loss(self.images[rows], self.labels[rows])
         self.optimizer.zero_grad()
         loss.backward()
@@ -160,7 +160,7 @@ class MaskedLoop(FastLoop):
         return torch.stack([self.masked_step(*both) for both in zip(batches, masks, strict=True)]).mean().item()
 
     def masked_step(self, rows: torch.Tensor, masks: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        """Take a step on these rows of the training set, with these masks; return the batch's loss."""
+        """Train on these rows of the training set, with these masks; return the batch's loss."""
         loss = masked_loss(list(self.model.parameters()), self.images[rows], self.labels[rows], masks)
         self.optimizer.zero_grad()
         loss.backward()
@@ -187,7 +187,7 @@ class CompiledLoop(MaskedLoop):
         self.update: Any = torch.compile(_update, fullgraph=True, dynamic=False)
 
     def masked_step(self, rows: torch.Tensor, masks: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        """Take a step, as `MaskedLoop` does."""
+        """Train for a step, as `MaskedLoop` does."""
         batch = (self.images[rows], self.labels[rows], masks)
         return self.update(self.params, *self.moments, self.count, *batch)
 
@@ -222,7 +222,7 @@ class HandLoop(MaskedLoop):
 
     @torch.no_grad()
     def masked_step(self, rows: torch.Tensor, masks: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        """Take a step, as `MaskedLoop` does."""
+        """Train for a step, as `MaskedLoop` does."""
         x, *outputs = (part[: len(rows)] for part in self.memory)
         activations = [torch.index_select(self.images, 0, rows, out=x)]
         for ((weight, _), (bias, _)), out in zip(self.layers, outputs, strict=True):
@@ -276,7 +276,7 @@ class GraphLoop(FastLoop):
                 moment.zero_()
 
     def step(self, rows: torch.Tensor) -> torch.Tensor:
-        """Take a step as `FastLoop` does: by the graph, or by itself where the batch is short."""
+        """Train for a step as `FastLoop` does: by the graph, or by itself where the batch is short."""
         if len(rows) < self.batch_size:
             return super().step(rows)
         self.rows.copy_(rows)

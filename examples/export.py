@@ -1,4 +1,4 @@
-"""Take a trained network to PyTorch, safetensors, StableHLO and ONNX, and check each file on the test set.
+"""Write a trained network for PyTorch, safetensors, StableHLO and ONNX, and check each file on the test set.
 
 Prints how far the probabilities of the 10,000 test images are from ours when each file is read and run again.
 """

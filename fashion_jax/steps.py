@@ -103,7 +103,7 @@ def train_step(
     weights: Float[Array, " n"] | None = None,
     **hyperparameters: Number,
 ) -> tuple[TrainState, Metrics | Measured]:
-    """Take one optimizer step on the mean loss of a batch, dropout on.
+    """Train for one optimizer step on the mean loss of a batch, dropout on.
 
     Args:
         state: The state before the step.
