@@ -161,14 +161,18 @@ def power() -> str:
 def situations() -> dict[str, Any]:
     """Return the scores of each rival in each situation that is recorded."""
     names = [(f"{size:,} images{note}", f"rivals_{size}{folder}") for note, folder in AUGMENTED for size in SIZES]
-    recorded = [(title, folder) for title, folder in names if list(RECORDS.glob(f"*/{folder}/report.json"))]
-    return {title: json.loads(newest(f"{folder}/report.json"))["test"] for title, folder in recorded}
+    found = {title: folder for title, folder in names if list(RECORDS.glob(f"*/{folder}/report.json"))}
+    tests = {title: json.loads(newest(f"{folder}/report.json"))["test"] for title, folder in found.items()}
+    return {
+        title: {rival: {of: np.array(values) for of, values in scores.items()} for rival, scores in test.items()}
+        for title, test in tests.items()
+    }
 
 
 def rivals(measure: str) -> str:
     """Return what each rival reaches in each situation, on the test set."""
     columns = {
-        title: {rival: statistics.interval(np.array(of[measure])) for rival, of in scores.items()}
+        title: {rival: statistics.interval(of[measure]) for rival, of in scores.items()}
         for title, scores in situations().items()
     }
     return report.intervals(columns)

@@ -180,7 +180,7 @@ def numbers(name: str, values: Float[Array | np.ndarray, "..."], *axes: str) -> 
     Raises:
         ValueError: They have other axes, there are none, or one is not finite.
 
-    >>> numbers("loss", np.array([1, 2]), "seeds")
+    >>> numbers("loss", np.array([1.0, 2.0]), "seeds")
     array([1., 2.])
     """
     values = np.asarray(values, np.float64)
