@@ -1,6 +1,6 @@
-"""Run again all that the tables of README and documentation rest on, but for the timings, which `make bench` repeats.
+"""Rerun everything that the tables of README and documentation rest on, except the timings, which `make bench` repeats.
 
-Each step writes into a folder of its own. The same command goes on where it was stopped, in the middle of a step too.
+Each step writes into a folder of its own. The same command resumes where it stopped, even in the middle of a step.
 """
 
 import dataclasses
@@ -61,7 +61,7 @@ def main(flags: Flags) -> int:
     done = json.loads(record.read_text())["steps"] if record.exists() else {}
     left, minutes = [name for name in flags.only if name not in done], recorded_minutes()
     for name in left:
-        took = f"{minutes[name]:.0f} minutes" if name in minutes else "a time that is not recorded"
+        took = f"{minutes[name]:.0f} minutes" if name in minutes else "no recorded time"
         print(f"{name}: {took} on such a device", file=sys.stderr)
     print(f"together: {sum(minutes.get(name, 0) for name in left) / 60:.1f} hours and more", file=sys.stderr)
     for name in left:
@@ -75,7 +75,7 @@ def main(flags: Flags) -> int:
         start = time.monotonic()
         status = subprocess.run(command, cwd=harness.ROOT, env=os.environ, check=False).returncode
         if status:
-            print(f"{name} stopped; the same command goes on from here", file=sys.stderr)
+            print(f"{name} stopped; the same command resumes it", file=sys.stderr)
             return status
         done[name] = {"seconds": time.monotonic() - start, **harness.commit()}
         files.write(record, report.as_json({"environment": harness.environment(), "steps": done}))
