@@ -15,7 +15,7 @@ from fashion_jax.augment import shift_and_flip
 from fashion_jax.calibration import score
 from fashion_jax.data import hold_out, load, subset
 from fashion_jax.interop import save_safetensors
-from fashion_jax.script import exit_if_interrupted, flag, logger, publish, run_script
+from fashion_jax.script import TrainingFlags, exit_if_interrupted, flag, logger, publish, run_script
 from fashion_jax.statistics import interval
 
 MOVED, SEARCH_SEED = functools.partial(shift_and_flip, pixels=1), 1_000
@@ -28,13 +28,11 @@ STRUCTURES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Flags:
+class Flags(TrainingFlags):
     structures: tuple[Literal["augmented", "deeper", "plain"], ...] = ("augmented",)  # Structures to try.
     epochs: int = 40  # Passes over the training set, in the search and after it.
     seeds: int = 8  # Number of seeds that are tested, from 0; their networks are written as network-SEED.safetensors.
     train_size: int = 60_000  # Training images to use; a sixth of them is held out for the search.
-    checkpoint: Path | None = None  # Directory to save every epoch to; the same command resumes from there.
-    data_dir: Path | None = None  # Directory with the data set.
     output: Path = Path("runs/best_perceptron")  # Directory to write to.
 
 

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from fashion_jax import Progress, load, predict, predict_mc, subset, sweep, use_all_cores
 from fashion_jax.calibration import detection, entropy, reliability, score
-from fashion_jax.script import exit_if_interrupted, flag, publish, run_script
+from fashion_jax.script import TrainingFlags, exit_if_interrupted, flag, publish, run_script
 from fashion_jax.statistics import interval, paired
 
 NONE, SCALED, MC = ARMS = ("no dropout", "dropout, weights scaled", "Monte Carlo dropout")
@@ -18,14 +18,12 @@ MEASURES = {"accuracy": "accuracy", "loss": "NLL", "brier": "Brier score", "cali
 
 
 @dataclasses.dataclass(frozen=True)
-class Flags:
+class Flags(TrainingFlags):
     epochs: int = 30  # Passes over the training set.
     seeds: int = 8  # Number of seeds, from 0; each trains without and with dropout.
     rate: float = 0.2  # Dropout rate in (0, 1), of the training and of Monte Carlo dropout.
     samples: int = 100  # Thinned networks of Monte Carlo dropout.
     train_size: int = 60_000  # Training images to use, the same share of each class.
-    checkpoint: Path | None = None  # Directory to save every epoch to; the same command resumes from there.
-    data_dir: Path | None = None  # Directory with the data set.
     output: Path = Path("runs/calibration")  # Directory to write to.
 
 

@@ -12,7 +12,7 @@ from fashion_jax import FashionMLP, JsonLines, Progress, TrainConfig, evaluate, 
 from fashion_jax.data import DATA_SETS, hold_out, load, subset
 from fashion_jax.evidence import compare_rivals, drop_diverged, judge
 from fashion_jax.plot import claims, classification, losses, overlay, samples
-from fashion_jax.script import exit_if_interrupted, flag, logger, publish, run_script
+from fashion_jax.script import TrainingFlags, exit_if_interrupted, flag, logger, publish, run_script
 
 REFERENCE = Path(__file__).parents[1] / "tests" / "reference" / "pytorch_curves.csv"
 
@@ -20,7 +20,7 @@ ENDS, EARLY = {"last": "state", "best": "best"}, "no dropout, best"
 
 
 @dataclasses.dataclass(frozen=True)
-class Flags:
+class Flags(TrainingFlags):
     data: Literal["fashion_mnist", "mnist", "kmnist"] = "fashion_mnist"  # Data set to train on.
     epochs: int = 30  # Passes over the training set.
     seeds: int = 8  # Number of seeds, from 0; each trains once at every rate.
@@ -32,9 +32,7 @@ class Flags:
     train_size: int | None = None  # Training images to use, the same share of each class; all by default.
     holdout: float = 0.0  # Share of the training images to validate on; 0 takes the test set, as the tutorial does.
     reference: bool = False  # Draw three PyTorch runs under the curves.
-    checkpoint: Path | None = None  # Directory to save every epoch to; the same command resumes from there.
     log: Path | None = None  # File to append every epoch's metrics to, as JSON lines.
-    data_dir: Path | None = None  # Directory with the data set.
     output: Path = Path("runs/compare_overfit")  # Directory to write to.
     distributed: bool = False  # Train together with the other tasks of a SLURM or Open MPI job, or of a TPU slice.
 

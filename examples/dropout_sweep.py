@@ -11,19 +11,17 @@ from matplotlib.figure import Figure
 
 from fashion_jax import Progress, evaluate, hold_out, load, report, subset, sweep, use_all_cores
 from fashion_jax.evidence import Summary, summarize
-from fashion_jax.script import exit_if_interrupted, flag, logger, publish, run_script
+from fashion_jax.script import TrainingFlags, exit_if_interrupted, flag, logger, publish, run_script
 from fashion_jax.statistics import paired
 
 
 @dataclasses.dataclass(frozen=True)
-class Flags:
+class Flags(TrainingFlags):
     rates: tuple[float, ...] = (0.0, 0.1, 0.2, 0.35, 0.5, 0.7)  # Dropout rates in [0, 1); the first is compared with.
     sizes: tuple[int, ...] = (1_000, 5_000, 20_000, 50_000)  # Training-set sizes, at most 50,000.
     seeds: int = 3  # Number of seeds, from 0.
     epochs: int = 30  # Passes over the training set, whatever its size.
-    checkpoint: Path | None = None  # Directory to save every epoch to; the same command resumes from there.
     distributed: bool = False  # Train together with the other tasks of a SLURM or Open MPI job, or of a TPU slice.
-    data_dir: Path | None = None  # Directory with the data set.
     output: Path = Path("runs/dropout_sweep")  # Directory to write to.
 
 

@@ -15,7 +15,7 @@ from fashion_jax.data import hold_out, load, subset
 from fashion_jax.evidence import compare_rivals
 from fashion_jax.networks import NormalizedMLP
 from fashion_jax.plot import intervals
-from fashion_jax.script import exit_if_interrupted, logger, publish, run_script
+from fashion_jax.script import TrainingFlags, exit_if_interrupted, logger, publish, run_script
 from fashion_jax.statistics import holm, interval
 
 MEASURES = {"accuracy": "accuracy", "loss": "NLL (nats)", "calibration_error": "ECE"}
@@ -39,13 +39,11 @@ PAIRS += [(f"{rival}, dropout", rival) for rival in ("weight decay", "batch norm
 
 
 @dataclasses.dataclass(frozen=True)
-class Flags:
+class Flags(TrainingFlags):
     images: int = 10_000  # Size of the training sets, at most 50,000.
     epochs: int = 40  # Passes over each of them.
     augment: bool = False  # Move and mirror the training images at random.
     subsets: int = 8  # Number of training sets, two seeds each, that are tested; another one chooses the settings.
-    checkpoint: Path | None = None  # Directory to save every epoch to; the same command resumes from there.
-    data_dir: Path | None = None  # Directory with the data set.
     output: Path = Path("runs/when_dropout_helps")  # Directory to write to.
 
 

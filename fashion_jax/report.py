@@ -21,7 +21,8 @@ from fashion_jax.evidence import LAST, summarize
 from fashion_jax.statistics import MOST_SEEDS, Interval, Verdict
 from fashion_jax.types import History, Metrics
 
-PLACES = ("checkpoint", "data_dir", "log", "output")  # Flags that name files: no result depends on them.
+# Flags about files, on which no result depends.
+PLACES = ("checkpoint", "data_dir", "format", "log", "output")
 
 
 def environment() -> dict[str, Any]:

@@ -9,7 +9,8 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import Any, Literal, NoReturn
 
 import tyro
 
@@ -21,6 +22,16 @@ INTERRUPTED = 130
 LAUNCHED = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
 USERS_ERRORS = (ValueError, OSError, MemoryError, FloatingPointError, ImportError)
 logger: logging.Logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingFlags:
+    """The flags that scripts which train share; their own extend them."""
+
+    checkpoint: Path | None = None  # Directory to save every epoch to; the same command resumes from there.
+    data_dir: Path | None = None  # Directory with the data set.
+    output: Path = Path("runs")  # Directory to write to.
+    format: Literal["png", "pdf", "svg"] = "png"  # Format of the pictures.
 
 
 def run_script(
@@ -108,10 +119,10 @@ def exit_if_interrupted(history: History, epochs: int) -> None:
 
 
 def publish(flags: Any, tables: Mapping[str, Any], figures: Mapping[str, Any], **records: Mapping[str, Any]) -> None:
-    """Write records as JSON, tables as report.md, figures as PNG, and a page to share; print the tables.
+    """Write records as JSON, tables as report.md, figures, and a page to share; print the tables.
 
-    All go to `flags.output`: each record as NAME.json, each figure as NAME.png, and everything but the records as
-    report.html, under the first paragraph of the docstring of the script. Of several processes the first one does so.
+    All go to `flags.output`: records as NAME.json, figures as NAME.png, or in `flags.format`, and everything but the
+    records as report.html, under the first paragraph of the script's docstring. Of several processes the first does so.
 
     Args:
         flags: The script's flags; their class is defined in the script.
@@ -130,7 +141,7 @@ def publish(flags: Any, tables: Mapping[str, Any], figures: Mapping[str, Any], *
     text = "\n\n".join(f"{heading}\n\n{table}" for heading, table in texts.items())
     files.write(flags.output / "report.md", text + "\n")
     for name, figure in figures.items():
-        plot.save(figure, flags.output / f"{name}.png")
+        plot.save(figure, flags.output / f"{name}.{flags.format}")
     about = {"command": shlex.join(["python", *sys.argv]), "flags": flags, **about}
     files.write(flags.output / "report.html", page.html(_title(flags), texts, figures, about=about))
     logger.info("the results are in %s", flags.output)
