@@ -1,11 +1,12 @@
 """Rerun everything that the tables of README and documentation rest on, except the timings, which `make bench` repeats.
 
 Each step writes into a folder of its own. The same command resumes where it stopped, even in the middle of a step.
+Steps that fail, such as one whose data set cannot be had, are named at the end.
 """
 
 import dataclasses
 import json
-import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from benchmarks import harness
 from fashion_jax import files, report
+from fashion_jax.script import INTERRUPTED
 
 COMPARE, RIVALS = "examples/compare_overfit.py", "examples/when_dropout_helps.py"
 STEPS: dict[str, tuple[str, ...]] = {
@@ -49,7 +51,7 @@ def recorded_minutes() -> dict[str, float]:
     kind = "*-cores" if report.environment()["platform"] == "cpu" else "*-nvidia-*"
     records = sorted(harness.RECORDS.glob(f"{kind}/reproduce.json"))
     steps = {name: step for record in records for name, step in json.loads(record.read_text())["steps"].items()}
-    return {name: step["seconds"] / 60 for name, step in steps.items()}
+    return {name: step["seconds"] / 60 for name, step in steps.items() if step["finished"]}
 
 
 def main(flags: Flags) -> int:
@@ -58,12 +60,13 @@ def main(flags: Flags) -> int:
     # Unlike a benchmark it has to stop the process that it has started.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     record = flags.output / "reproduce.json"
-    done = json.loads(record.read_text())["steps"] if record.exists() else {}
-    left, minutes = [name for name in flags.only if name not in done], recorded_minutes()
+    steps = json.loads(record.read_text())["steps"] if record.exists() else {}
+    left, minutes = [name for name in flags.only if not steps.get(name, {}).get("finished")], recorded_minutes()
     for name in left:
         took = f"{minutes[name]:.0f} minutes" if name in minutes else "no recorded time"
         print(f"{name}: {took} on such a device", file=sys.stderr)
-    print(f"together: {sum(minutes.get(name, 0) for name in left) / 60:.1f} hours and more", file=sys.stderr)
+    print(f"together: at least {sum(minutes.get(name, 0) for name in left) / 60:.1f} hours", file=sys.stderr)
+    failed = []
     for name in left:
         place = flags.output.resolve() / name
         command = [sys.executable, *STEPS[name], "--output", str(place)]
@@ -71,15 +74,23 @@ def main(flags: Flags) -> int:
             command += ["--checkpoint", str(place / "checkpoint")]
         if flags.data_dir:
             command += ["--data-dir", str(flags.data_dir)]
-        print(f"{name}: {' '.join(command)}", file=sys.stderr, flush=True)
+        print(f"{name}: {shlex.join(command)}", file=sys.stderr, flush=True)
         start = time.monotonic()
-        status = subprocess.run(command, cwd=harness.ROOT, env=os.environ, check=False).returncode
-        if status:
-            print(f"{name} stopped; the same command resumes it", file=sys.stderr)
+        try:
+            status = subprocess.run(command, cwd=harness.ROOT, check=False).returncode
+        except KeyboardInterrupt:
+            status = INTERRUPTED
+        # A step that resumes has taken the time before, too.
+        seconds = steps.get(name, {}).get("seconds", 0.0) + time.monotonic() - start
+        steps[name] = {"seconds": seconds, "finished": not status, **harness.commit()}
+        files.write(record, report.as_json({"environment": harness.environment(), "steps": steps}))
+        if status == INTERRUPTED:
+            print(f"{name} was interrupted; the same command resumes it", file=sys.stderr)
             return status
-        done[name] = {"seconds": time.monotonic() - start, **harness.commit()}
-        files.write(record, report.as_json({"environment": harness.environment(), "steps": done}))
-    return 0
+        failed += [name] if status else []
+    if failed:
+        print(f"failed: {', '.join(failed)}; the same command tries again", file=sys.stderr)
+    return int(bool(failed))
 
 
 if __name__ == "__main__":

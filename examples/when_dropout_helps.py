@@ -15,7 +15,7 @@ from fashion_jax.data import hold_out, load, subset
 from fashion_jax.evidence import compare_rivals
 from fashion_jax.networks import NormalizedMLP
 from fashion_jax.plot import intervals
-from fashion_jax.script import TrainingFlags, exit_if_interrupted, logger, publish, run_script
+from fashion_jax.script import TrainingFlags, exit_if_interrupted, flag, logger, publish, run_script
 from fashion_jax.statistics import holm, interval
 
 MEASURES = {"accuracy": "accuracy", "loss": "NLL (nats)", "calibration_error": "ECE"}
@@ -63,7 +63,8 @@ def main(flags: Flags) -> None:
         (name, values), tested = next(iter(numbers.items())), []
         for number in reversed(range(flags.subsets + 1)):
             logger.info("%s, training set %d", rival, number)
-            part = subset(train, flags.images, key=jax.random.key(number))
+            with flag("--images"):
+                part = subset(train, flags.images, key=jax.random.key(number))
             place = flags.checkpoint and flags.checkpoint / rival / str(number)
             result = sweep(part, validation, seeds=(2 * number, 2 * number + 1), checkpoint=place, **how, **numbers)
             exit_if_interrupted(result.history, flags.epochs)

@@ -187,9 +187,9 @@ def compare_rivals(scores: Mapping[str, Mapping[str, PerSeed]], pairs: Iterable[
         pairs: Names of two rivals each.
 
     >>> scores = {"dropout": {"accuracy": np.array([0.9, 0.91]), "loss": np.array([0.3, 0.3])}}
-    >>> scores["nothing"] = {"accuracy": np.array([0.8, 0.812]), "loss": np.array([0.3, 0.301])}
+    >>> scores["nothing"] = {"accuracy": np.array([0.8, 0.812]), "loss": np.array([0.4, 0.401])}
     >>> [verdict.answer for verdict in compare_rivals(scores, [("dropout", "nothing")])]
-    ['supported', 'negligible']
+    ['supported', 'supported']
     """
     verdicts = []
     for a, b in pairs:

@@ -142,7 +142,7 @@ def publish(flags: Any, tables: Mapping[str, Any], figures: Mapping[str, Any], *
     files.write(flags.output / "report.md", text + "\n")
     for name, figure in figures.items():
         plot.save(figure, flags.output / f"{name}.{flags.format}")
-    about = {"command": shlex.join(["python", *sys.argv]), "flags": flags, **about}
+    about = {"command": shlex.join(["python", *sys.argv]), **about}
     files.write(flags.output / "report.html", page.html(_title(flags), texts, figures, about=about))
     logger.info("the results are in %s", flags.output)
     print(text)

@@ -139,12 +139,13 @@ def holm(verdicts: Sequence[Verdict]) -> Float[np.ndarray, " verdicts"]:
     """
     from scipy.special import stdtr, stdtrit
 
-    p = []
-    for verdict in verdicts:
-        mean, low, _, _, n = verdict.interval
+    mean, low, _, _, n = np.transpose([verdict.interval for verdict in verdicts])
+    with np.errstate(divide="ignore", invalid="ignore"):
         # Intervals may be wider than Student's.
         error = (mean - low) / stdtrit(n - 1, (1 + LEVEL) / 2)
-        p.append(2 * stdtr(n - 1, -abs(mean - verdict.threshold) / error))
+        t = (mean - [verdict.threshold for verdict in verdicts]) / error
+    # One seed, or arms that are equal, are no evidence.
+    p = np.nan_to_num(2 * stdtr(n - 1, -np.abs(t)), nan=1.0)
     order = np.argsort(p)
     adjusted = np.maximum.accumulate(np.sort(p) * np.arange(len(p), 0, -1))
     return np.minimum(adjusted, 1.0)[np.argsort(order)]

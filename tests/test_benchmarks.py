@@ -2,6 +2,9 @@
 
 import collections
 import importlib
+import json
+import runpy
+import signal
 from functools import partial
 
 import jax
@@ -12,7 +15,7 @@ import torch
 import tyro
 
 from benchmarks import __main__ as all_benchmarks
-from benchmarks import ablation, fuzz, harness, reference, throughput
+from benchmarks import ablation, fuzz, harness, reference, reproduce, throughput
 from benchmarks.reference import CompiledLoop, FastLoop, GraphLoop, HandLoop, MaskedLoop, TutorialLoop
 from fashion_jax import Batch, TrainConfig
 from fashion_jax.interop import from_torch
@@ -135,3 +138,30 @@ def test_gradients_by_hand_and_one_function_a_step_are_autograd(few):
         for ours, theirs in zip(params, first, strict=True):
             # Adam's first steps are 0.003 each, whatever the gradient's size.
             np.testing.assert_allclose(ours, theirs, atol=2e-4)
+
+
+@pytest.mark.parametrize("step", reproduce.STEPS)
+def test_steps_name_scripts_and_their_flags(step):
+    program, *flags = reproduce.STEPS[step]
+    if program == "-m":
+        program, flags = flags[0].replace(".", "/") + ".py", flags[1:]
+    else:
+        flags += ["--checkpoint", "y"]
+    script = runpy.run_path(str(harness.ROOT / program), run_name="not main")
+    tyro.cli(script["Flags"], args=[*flags, "--data-dir", "x", "--output", "y"])
+
+
+def test_a_failed_step_does_not_end_the_others_and_is_tried_again(tmp_path, monkeypatch):
+    code = "import pathlib, sys; path = pathlib.Path(sys.argv[2] + '.tried'); tried = path.exists(); path.touch(); "
+    steps = {"fails": ("-c", code + "sys.exit(not tried)"), "works": ("-c", code + "sys.exit(tried)")}
+    monkeypatch.setattr(reproduce, "STEPS", steps)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    flags = reproduce.Flags(only=("fails", "works"), output=tmp_path)
+    record = tmp_path / "reproduce.json"
+    assert reproduce.main(flags) == 1
+    before = json.loads(record.read_text())["steps"]
+    assert [step["finished"] for step in before.values()] == [False, True]
+    assert reproduce.main(flags) == 0
+    after = json.loads(record.read_text())["steps"]
+    assert after["works"] == before["works"]
+    assert (after["fails"]["finished"], after["fails"]["seconds"] > before["fails"]["seconds"]) == (True, True)
