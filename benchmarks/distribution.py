@@ -1,18 +1,20 @@
 """Do whole runs agree? 30 epochs, many seeds, both arms, on both sides: means and intervals of three figures."""
 
+import concurrent.futures
 import dataclasses
 import itertools
+import multiprocessing
 import sys
 from typing import Any
 
-import jax
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 from scipy import stats
 
 from benchmarks import harness
 from benchmarks.reference import FastLoop
-from fashion_jax import fit, load
+from fashion_jax import load, sweep, use_all_cores
 from fashion_jax.statistics import interval
 
 FIGURES = ("running training loss", "test loss", "test accuracy")
@@ -22,7 +24,7 @@ LAST = 5
 
 @dataclasses.dataclass(frozen=True)
 class Flags(harness.Flags):
-    seeds: int = 8  # Runs of each arm on each side.
+    seeds: int = 32  # Runs of each arm on each side.
     epochs: int = 30  # Epochs of a run; the figures are means over the last five.
 
 
@@ -46,20 +48,41 @@ def draw(measured: np.ndarray) -> Figure:
     return figure
 
 
+def by_jax(flags: Flags) -> np.ndarray:
+    """Train all runs as one sweep; return [arms, seeds, figures]."""
+    result = sweep(
+        *load(), seeds=range(flags.seeds), dropout_rate=tuple(ARMS.values()), epochs=flags.epochs, progress=True
+    )
+    running, validation = result.history.running_loss, result.history.validation
+    return np.stack([curve[..., -LAST:].mean(axis=-1) for curve in (running, *validation[:2])], axis=-1)
+
+
+def by_torch(flags: Flags) -> np.ndarray:
+    """Train each run by a loop of its own, as many at a time as there are cores; return [arms, seeds, figures]."""
+    runs = list(itertools.product(ARMS.values(), range(flags.seeds)))
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(len(harness.cores()), context, torch.set_num_threads, (1,)) as pool:
+        means = []
+        for mean in pool.map(_train, *zip(*runs, strict=True), itertools.repeat(flags.epochs)):
+            means.append(mean)
+            print(f"PyTorch: {len(means)} of {len(runs)} runs", file=sys.stderr, flush=True)
+    return np.reshape(means, (len(ARMS), flags.seeds, len(FIGURES)))
+
+
+def _train(rate: float, seed: int, epochs: int) -> np.ndarray:
+    train, test = load()
+    loop = FastLoop(train, dropout_rate=rate, seed=seed)
+    batches = loop.prepare(test)
+    return np.mean([(loop.epoch(), *loop.evaluate(batches)) for _ in range(epochs)][-LAST:], axis=0)
+
+
 def main(flags: Flags) -> None:
     if flags.seeds < 2:
         raise ValueError(f"--seeds must be at least 2, for an interval; got {flags.seeds}")
-    train, test = load()
+    use_all_cores()
+    harness.load_data()  # Fetched once, if it has to be.
     # [side, arm, seed, figure], means over the last epochs
-    measured = np.empty((2, 2, flags.seeds, len(FIGURES)))
-    for seed, (arm, rate) in itertools.product(range(flags.seeds), enumerate(ARMS.values())):
-        history = fit(train, test, key=jax.random.key(seed), dropout_rate=rate, epochs=flags.epochs).history
-        measured[0, arm, seed] = [curve[-LAST:].mean() for curve in (history.running_loss, *history.validation[:2])]
-        loop = FastLoop(train, dropout_rate=rate, seed=seed)
-        batches = loop.prepare(test)
-        curves = [(loop.epoch(), *loop.evaluate(batches)) for _ in range(flags.epochs)]
-        measured[1, arm, seed] = np.mean(curves[-LAST:], axis=0)
-        print(f"seed {seed}, dropout {rate:g}", file=sys.stderr, flush=True)
+    measured = np.stack([by_jax(flags), by_torch(flags)])
 
     rows: list[harness.Row] = []
     for (i, name), (arm, title) in itertools.product(enumerate(FIGURES), enumerate(ARMS)):

@@ -94,7 +94,8 @@ def reproduced() -> str:
     # [ours and theirs, arms, seeds, figures]
     theirs = np.array(json.loads(newest("distribution.json"))["measured"])[1]
     others = report.read_curves(CURVES)
-    columns = ("ours, 32 seeds", "PyTorch, 8 seeds", "p (Welch)", "three PyTorch runs of others")
+    seeds = (f"ours, {len(ours['no dropout']['running_loss'])} seeds", f"PyTorch, {theirs.shape[1]} seeds")
+    columns = (*seeds, "p (Welch)", "three PyTorch runs of others")
     rows: list[tuple[str, ...]] = [("arm", "figure", *columns)]
     for i, (arm, rate) in enumerate({"no dropout": 0.0, "dropout 0.2": 0.2}.items()):
         validation = ours[arm]["validation"]
