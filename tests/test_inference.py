@@ -9,7 +9,7 @@ import pytest
 from scipy.special import rel_entr
 
 from fashion_jax.config import TrainConfig
-from fashion_jax.inference import CHUNK, SAMPLES_AT_ONCE, _log_probs, _sample, predict, predict_mc
+from fashion_jax.inference import SAMPLES_AT_ONCE, SIZES, _log_probs, _sample, predict, predict_mc
 from fashion_jax.model import FashionMLP, normalize
 from fashion_jax.steps import evaluate, init_state
 
@@ -58,31 +58,32 @@ def test_probabilities_are_those_of_float64_and_accuracy_is_that_of_fit(trained,
     assert correct == round(10_000 * float(trained.history.validation.accuracy[-1]))
 
 
-@pytest.mark.parametrize("n", [0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5])
+@pytest.mark.parametrize("n", [0, 1, 2, *SIZES[1:], SIZES[-1] + 5])
 def test_a_row_does_not_depend_on_the_other_images(params, images, n):
-    close(predict(params, images[:n]), predict(params, images[: 4 * CHUNK])[:n], atol=1e-6)
+    close(predict(params, images[:n]), predict(params, images[:1_500])[:n], atol=1e-6)
     close(predict(params, jnp.array(images[:n])), predict(params, images[:n]), atol=0)
-    whole = predict_mc(params, images[: 4 * CHUNK], **MC)
+    whole = predict_mc(params, images[:1_500], **MC)
     close(predict_mc(params, images[:n], **MC), jax.tree.map(lambda leaf: leaf[:n], whole))
 
 
 def test_no_number_of_images_or_samples_and_no_rate_compiles_again(params, images):
-    sizes = []
-    for n in (1, 2, CHUNK + 70):
-        predict(params, images[:n])
-        predict_mc(params, images[:n], key=jax.random.key(n), samples=n, dropout_rate=n / 200)
-        predict_mc(params, images[:n], key=KEY, samples=1, dropout_rate=0.0)
-        sizes.append((_log_probs._cache_size(), _sample._cache_size()))
-    assert sizes[0] == sizes[1] == sizes[2]
+    compiled = []
+    for numbers in (SIZES, (1, 2, SIZES[-1] + 70)):
+        for n in numbers:
+            predict(params, images[:n])
+            predict_mc(params, images[:n], key=jax.random.key(n), samples=1 + n % 40, dropout_rate=n / 2_000)
+            predict_mc(params, images[:n], key=KEY, samples=1, dropout_rate=0.0)
+        compiled.append((_log_probs._cache_size(), _sample._cache_size()))
+    assert compiled[0] == compiled[1]
 
 
 def test_lane_axes_stay_in_front(params, images):
     key = jax.random.key(1)
     lanes = [params, init_state(key).params, jax.tree.map(jnp.zeros_like, params)]
     stacked = jax.tree.map(lambda *leaves: np.stack(leaves)[None], *lanes)
-    images = images[: CHUNK + 3]
+    images = images[:35]
     probabilities, drawn = predict(stacked, images), predict_mc(stacked, images, **MC)
-    assert probabilities.shape == drawn.std.shape == (1, 3, CHUNK + 3, 10)
+    assert probabilities.shape == drawn.std.shape == (1, 3, 35, 10)
     for i, lane in enumerate(lanes):
         close(probabilities[0, i], predict(lane, images))
         close(jax.tree.map(lambda leaf, i=i: leaf[0, i], drawn), predict_mc(lane, images, **MC))
