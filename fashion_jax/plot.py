@@ -36,10 +36,10 @@ _DASHES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)))
 def losses(
     arms: Mapping[str, History], *, reference: Mapping[str, History] | None = None
 ) -> "matplotlib.figure.Figure":
-    """Draw the losses of each arm against the epoch, one panel an arm, three in a row, on one scale.
+    """Draw the losses of each arm against the epoch, one panel an arm, up to three in a row, on one scale.
 
     Lines are means over seeds, bands ± one standard deviation. A ring marks the epoch with the lowest mean validation
-    loss. Diverged runs are left out, and the title says so.
+    loss. Diverged runs are left out, and the title says so. So is a curve without values.
 
     Args:
         arms: Title and history of each arm; leaves [epochs] or [seeds, epochs].
@@ -55,32 +55,24 @@ def losses(
     >>> [axes.get_title() for axes in figure.axes]
     ['no dropout']
     """
-    from matplotlib.figure import Figure
-
-    columns = min(3, len(arms))
-    rows = -(-len(arms) // columns)
-    figure = Figure(figsize=(1 + 4.5 * columns, 0.6 + 4 * rows), layout="constrained")
-    grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
-    for axes in grid.flat[len(arms) :]:
-        axes.set_axis_off()
-    handles: dict[str, Any] = {}
-    seeds = 1
-    for axes, (title, history) in zip(grid.flat, arms.items(), strict=False):
+    figure, grid = _panels(len(arms), (4.5, 4.0), margins=(1.0, 0.6), sharey=True)
+    columns, handles = grid.shape[1], {}
+    for i, (axes, (title, history)) in enumerate(zip(grid.flat, arms.items(), strict=False)):
         curves = _losses(f"arms[{title!r}]", history)
-        seeds = max(seeds, len(curves[0]))
         diverged = ~np.isfinite(curves[0]).all(axis=1)
         note = f" ({diverged.sum()} of {diverged.size} runs diverged)" if diverged.any() else ""
         drawn = curves if diverged.all() else curves[:, ~diverged]
         for label, curve in zip(_CURVES, drawn, strict=True):
-            handles[label] = _band(axes, curve, _CURVES[label])
+            if not np.isnan(curve).all():
+                handles[label] = _band(axes, curve, _CURVES[label])
         if reference and title in reference:
             handles |= _thin(axes, _losses(f"reference[{title!r}]", reference[title]))
         _ring(axes, drawn[2].mean(axis=0))
         axes.set_title(title + note, parse_math=False)
         _epoch_axis(axes, curves.shape[2])
-    for axes in grid[:, 0]:
-        axes.set_ylabel("loss (nats)" + (f", mean ± std of {seeds} seeds" if seeds > 1 else ""))
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=1 + min(2, len(arms)), frameon=False)
+        if i % columns == 0:
+            axes.set_ylabel("loss (nats)" + (f", mean ± std of {diverged.size} seeds" if diverged.size > 1 else ""))
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=1 + min(2, columns), frameon=False)
     return figure
 
 
@@ -123,14 +115,8 @@ def intervals(panels: Mapping[str, Mapping[str, Interval]]) -> "matplotlib.figur
     >>> [text.get_text() for text in figure.axes[0].get_yticklabels()]
     ['dropout']
     """
-    from matplotlib.figure import Figure
-
-    columns = min(3, len(panels))
-    rows, names = -(-len(panels) // columns), max(map(len, panels.values()))
-    figure = Figure(figsize=(2 + 3 * columns, rows * (1 + 0.25 * names)), layout="constrained")
-    grid = figure.subplots(rows, columns, sharey="row", squeeze=False)
-    for axes in grid.flat[len(panels) :]:
-        axes.set_axis_off()
+    size = 3.0, 1 + 0.25 * max(map(len, panels.values()))
+    figure, grid = _panels(len(panels), size, margins=(2.0, 0.0), sharey="row")
     for axes, (label, measured) in zip(grid.flat, panels.items(), strict=False):
         means, places = np.array([value.mean for value in measured.values()]), range(len(measured))
         bars = [(value.mean - value.low, value.high - value.mean) for value in measured.values()]
@@ -166,8 +152,7 @@ def claims(verdicts: Sequence[Verdict]) -> "matplotlib.figure.Figure":
             axes.fill_betweenx([place - 0.4, place + 0.4], -verdict.margin, verdict.margin, **band)
             axes.plot(2 * [verdict.threshold], [place - 0.4, place + 0.4], ":", color="#888888", linewidth=1.5)
             axes.errorbar(mean, place, xerr=[[mean - low], [high - mean]], fmt="o", color=_BLUE, capsize=4)
-        labels = [f"{verdict.claim}: {verdict.answer}" for verdict in part]
-        axes.set_yticks(range(len(part)), labels, parse_math=False)
+        axes.set_yticks(range(len(part)), [f"{one.claim}: {one.answer}" for one in part], parse_math=False)
         axes.set(ylim=(len(part) - 0.5, -0.5), xlabel=f"mean and 95% interval over seeds ({unit})")
         axes.locator_params(axis="x", nbins=6)
         axes.grid(axis="x", alpha=0.3)
@@ -225,8 +210,7 @@ def classification(
         right.text(1.02, row, f"{share:.3f}", transform=right.get_yaxis_transform(), va="center", fontsize=8)
     right.set_yticks(rows, labels=class_names, parse_math=False)
     right.invert_yaxis()
-    right.set_xlim(0, 1)
-    right.set_xlabel("probability" if spread is None else "probability, mean ± std")
+    right.set(xlim=(0, 1), xlabel="probability" if spread is None else "probability, mean ± std")
     right.set_title(f"prediction: {class_names[int(shares.argmax())]}", fontsize=10, parse_math=False)
     return figure
 
@@ -272,13 +256,14 @@ def samples(
     return figure
 
 
-def save(figure: "matplotlib.figure.Figure", path: str | os.PathLike[str], *, dpi: int = 150) -> None:
+def save(figure: "matplotlib.figure.Figure", path: str | os.PathLike[str], *, dpi: int = 150, note: str = "") -> None:
     """Write a figure as a file whose suffix names the format, such as .png, .pdf or .svg.
 
     Args:
         figure: Any matplotlib Figure.
         path: Where to; an existing file is replaced.
         dpi: Pixels an inch.
+        note: Small text above the figure, such as `report.machine`.
 
     Raises:
         ValueError: The suffix names no format.
@@ -293,8 +278,23 @@ def save(figure: "matplotlib.figure.Figure", path: str | os.PathLike[str], *, dp
     """
     target = _checks.path("path", path)
     content = io.BytesIO()
+    if note:
+        figure.suptitle(note, fontsize=7, x=0.99, horizontalalignment="right", alpha=0.7, parse_math=False)
     figure.savefig(content, format=target.suffix[1:], dpi=dpi)
     files.write(target, content.getvalue())
+
+
+def _panels(count: int, size: tuple[float, float], *, margins: tuple[float, float], **options: Any) -> tuple[Any, Any]:
+    """Return a figure, and its panels as an array, up to three in a row."""
+    from matplotlib.figure import Figure
+
+    rows = -(-count // 3)
+    columns = -(-count // rows)
+    figure = Figure(figsize=tuple(np.add(margins, np.multiply(size, (columns, rows)))), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False, **options)
+    for axes in grid.flat[count:]:
+        axes.set_axis_off()
+    return figure, grid
 
 
 def _rows(images: UInt8[np.ndarray, "n height width *channels"], columns: int) -> UInt8[np.ndarray, "..."]:

@@ -42,6 +42,18 @@ def environment() -> dict[str, Any]:
     }
 
 
+def machine(about: Mapping[str, Any]) -> str:
+    """Return one line on the machine that `environment` describes, for pictures.
+
+    >>> machine({"platform": "gpu", "devices": ["NVIDIA H200"], "versions": {"jax": "0.10.1"}})
+    'NVIDIA H200, jax 0.10.1'
+    """
+    devices = about["devices"]
+    cpu = about["platform"] == "cpu"
+    name = f"{about['processor']}, {about['threads']} cores" if cpu else " and ".join(sorted({*devices}))
+    return f"{name}, jax {about['versions']['jax']}"
+
+
 def as_json(record: Any) -> str:
     """Return a record as JSON text; equal records give equal text.
 

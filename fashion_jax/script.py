@@ -141,7 +141,7 @@ def publish(flags: Any, tables: Mapping[str, Any], figures: Mapping[str, Any], *
     text = "\n\n".join(f"{heading}\n\n{table}" for heading, table in texts.items())
     files.write(flags.output / "report.md", text + "\n")
     for name, figure in figures.items():
-        plot.save(figure, flags.output / f"{name}.{flags.format}")
+        plot.save(figure, flags.output / f"{name}.{flags.format}", note=report.machine(about["environment"]))
     about = {"command": shlex.join(["python", *sys.argv]), **about}
     files.write(flags.output / "report.html", page.html(_title(flags), texts, figures, about=about))
     logger.info("the results are in %s", flags.output)

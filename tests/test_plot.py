@@ -62,6 +62,18 @@ def test_the_last_epoch_has_a_tick_and_panels_wrap(epochs):
     assert len(ticks) <= 10
 
 
+def test_the_tutorial_s_panels_stand_above_fair_ones(tmp_path):
+    one, many = history(4), history(3, 4)
+    one = one._replace(train=jax.tree.map(lambda leaf: leaf * np.nan, one.train))
+    figure = plot.losses({"a": one, "b": one, "c": many, "d": many})
+    plot.save(figure, tmp_path / "both.png", note="a machine, $5")
+    assert figure.axes[0].get_gridspec().get_geometry() == (2, 2)
+    assert [len(axes.lines) for axes in figure.axes] == [3, 3, 4, 4]
+    labels = [axes.get_ylabel() for axes in figure.axes]
+    assert labels == ["loss (nats)", "", "loss (nats), mean ± std of 3 seeds", ""]
+    assert figure.get_suptitle() == "a machine, $5"
+
+
 def test_overlay_draws_means_over_single_seeds():
     arms = {name: history(3, 5) for name in FORMULAS}
     arms[FORMULAS[1]].validation.loss[:, 1] = np.nan  # An epoch that was not evaluated.
