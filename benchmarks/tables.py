@@ -125,7 +125,7 @@ def parity() -> str:
 
 
 def images_a_second(machine: str) -> str:
-    """How many images each program classifies."""
+    """Images per second that each program classifies."""
     programs = dict.fromkeys(row["program"] for row in rows_of("predict", machine))
     return table("predict", [machine], programs, [("images/s", ",.0f")], label="images at a time", key="images")
 
@@ -171,7 +171,7 @@ def situations() -> dict[str, Any]:
 
 
 def rivals(measure: str) -> str:
-    """Return what each rival reaches in each situation, on the test set."""
+    """Return the results of each rival in each situation, on the test set."""
     columns = {
         title: {rival: statistics.interval(of[measure]) for rival, of in scores.items()}
         for title, scores in situations().items()
@@ -180,7 +180,7 @@ def rivals(measure: str) -> str:
 
 
 def earlier_rivals(measure: str) -> str:
-    """Return what each rival reached at 50,000 images in the newest record of the first design."""
+    """Return the results of each rival at 50,000 images in the newest record of the first version."""
     found = json.loads(newest("when_dropout_helps/report.json"))["test"]
     columns = {
         title: {rival: statistics.interval(np.array(of[measure])) for rival, of in found[title].items()}
@@ -224,6 +224,25 @@ def race_on_a_gpu() -> str:
 def memory(row: harness.Row) -> str:
     """Format the memory that JAX took, in MiB."""
     return "-" if row["program"].startswith("PyTorch") else f"{row[MEMORY]:,.0f}"
+
+
+def paper() -> str:
+    """What many networks take on one GPU and on eight, by the record of one."""
+    lanes, epochs = 10_000, 30
+    row = rows_of("lanes", "H200")[-1]
+    together = int(row["program"].split()[1])
+    # Parameters, two moments and the best parameters, in float32.
+    state = 4 * 4 * 242_762 * lanes / 1e9
+    lines: list[tuple[str, ...]] = [("", "1 GPU", "8 GPUs")]
+    for label, form, value in (
+        ("networks per GPU", ",.0f", lambda gpus: lanes / gpus),
+        (f"training, {epochs} epochs, minutes", ".1f", lambda gpus: epochs * lanes * row["median (s)"] / gpus / 60),
+        ("memory per GPU, all networks at once, GiB", ".0f", lambda gpus: row[MEMORY] / 1024 * lanes / together / gpus),
+        ("states on the host, and each checkpoint, GB", ".0f", lambda gpus: state),
+        ("history on the host, MB", ".0f", lambda gpus: 5 * 4 * epochs * lanes / 1e6),
+    ):
+        lines.append((label, *(format(value(gpus), form) for gpus in (1, 8))))
+    return report.markdown(lines)
 
 
 def quartiles(row: harness.Row) -> str:
@@ -321,6 +340,13 @@ TABLES: dict[str, Callable[[], str]] = {
         ("ms per model and epoch", "times PyTorch's CUDA graph", "JAX's memory on the GPU, MiB"),
         (milliseconds, faster("PyTorch, the same, as a CUDA graph", ".3g"), memory),
     ),
+    "paper": paper,
+    "scaling": lambda: table(
+        "scaling",
+        [""],
+        ("networks", "ms per epoch: median (min-max)", "us per network"),
+        (("lanes", ",d"), milliseconds, ("us a lane", ".0f")),
+    ),
     "kernels": lambda: table("kernels", H200, LAUNCHES, [(column, ".3g") for column in LAUNCHES]),
     "roofline on a GPU": lambda: table("roofline", H200, ("ms", "TFLOP/s"), (milliseconds, teraflops)),
     "convolutions": lambda: table(
@@ -339,7 +365,7 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def fill(text: str) -> str:
-    """Replace every table by what its record says."""
+    """Replace every table by that of its record."""
     return BLOCK.sub(lambda block: f"{block[1]}\n{TABLES[block[2]]()}\n\n{block[4]}", text)
 
 
