@@ -12,7 +12,7 @@ from benchmarks import harness
 # Of each set, the benchmarks and their flags.
 SETS: dict[str, dict[str, tuple[str, ...]]] = {
     "cpu": {"throughput": (), "lanes": (), "roofline": (), "startup": (), "rounding": (), "predict": ()},
-    # The first one stops where there is no GPU, before the others measure a CPU without a word.
+    # The first one stops where there is no GPU, before the others silently measure a CPU.
     "gpu": {
         "throughput": ("--device", "gpu", "--batch-sizes", "64", "512", "4096", "--repetitions", "3"),
         "lanes": ("--device", "gpu", "--lanes", "2", "8", "64", "256", "1024", "--repetitions", "3"),

@@ -1,4 +1,4 @@
-"""What does each device for speed in the code save? The epoch of `fit` with and without it, in turns in one process.
+"""How much does each optimization in the code save? The epoch of `fit` with and without it, in turns in one process.
 
 An epoch is training and both evaluations, on one device. Each program is compiled several times, also in turns.
 """
@@ -38,7 +38,7 @@ def on_each_leaf(condition, true, false):
     return jax.tree.map(partial(jnp.where, condition), true(), false())
 
 
-# What takes each device out of `fit`: replaced functions, and a config.
+# How to take each optimization out of `fit`: replaced functions, and a config.
 WITHOUT: dict[str, tuple[list[tuple[Any, str, Any]], TrainConfig]] = {
     "Threefry written out: jax.random.uniform": ([(model, "uniform", jax.random.uniform)], TrainConfig()),
     "an order by one sort: jax.random.permutation": (

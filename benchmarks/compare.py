@@ -26,7 +26,7 @@ class Flags:
 
 
 def read(path: Path) -> tuple[dict[str, float], dict[str, Any]]:
-    """Read the medians of one record file, and what they depend on."""
+    """Read the medians of one record file, and the processor and flags that they depend on."""
     try:
         record = json.loads(path.read_text())
         timed = [row for row in record["rows"] if MEDIAN in row]

@@ -19,14 +19,14 @@ from fashion_jax import catalog, checkpoint, data, files, sources
 
 
 class Target(NamedTuple):
-    """Sound files by name, and a function that says whether a directory holds what they hold."""
+    """Sound files by name, and a function that says whether a directory holds the same content."""
 
     files: Mapping[str, bytes]
     load: Callable[[Path], bool]
 
 
 class Outcome(NamedTuple):
-    """How one case ended: "error by name", "read as it was", or one of `FAILURES`."""
+    """The outcome of one case: "error by name", "read as it was", or one of `FAILURES`."""
 
     damage: str
     file: str

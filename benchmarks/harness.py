@@ -1,4 +1,4 @@
-"""What every benchmark shares: flags, the start, programs that take turns, and the record of a run."""
+"""Shared by all benchmarks: flags, the start, programs that take turns, and the record of a run."""
 
 import contextlib
 import dataclasses
@@ -59,7 +59,7 @@ def start(main: Callable[[Any], int | None], flags: type, description: str | Non
 
 
 def load_data() -> Data:
-    """Return what `fit` sees by default, on the host."""
+    """Return the data that `fit` sees by default, on the host."""
     train, test = data.load()
     return Data(train, data.subset(train, 10_000, key=jax.random.key(0)), test)
 
@@ -114,7 +114,7 @@ def alternate(programs: Mapping[str, Callable[[], object]], repetitions: int) ->
 
 
 def timed(program: Callable[[], T]) -> tuple[T, float]:
-    """Run once; return what it returned, and the seconds."""
+    """Run once; return the result and the seconds."""
     start = time.perf_counter()
     result = program()
     return result, time.perf_counter() - start

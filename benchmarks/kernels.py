@@ -53,7 +53,7 @@ class Launches(NamedTuple):
 def count(listing: str) -> Launches:
     """Count what the innermost loop of a program launches, or the program itself if there is no loop.
 
-    The listing is XLA's thunk_sequence.txt: one line a launch, indented by what holds it.
+    The listing is XLA's thunk_sequence.txt: one line per launch, indented by what holds it.
 
     >>> count('''000: kCopy
     ... 001: kWhile
@@ -98,7 +98,7 @@ def examples(n: int, key: jax.Array) -> Batch:
 
 
 class Program:
-    """A program compiled for the GPU, with what a pass of its loop launches; it runs where there is a GPU."""
+    """A program compiled for the GPU, with the launches of a pass of its loop; it runs where there is a GPU."""
 
     def __init__(
         self, function: Callable[..., Any], make: Callable[..., Any], *, models=1, steps=1, a_pass=1, **options
@@ -126,7 +126,7 @@ def compile_all(flags: Flags, target: Any) -> dict[str, Program]:
     sharding = NamedSharding(Mesh(np.array(target), ("gpus",)), PartitionSpec())
 
     def made(make: Callable[[], Any]) -> Any:
-        """Make what a program takes; where it cannot run, its shapes will do."""
+        """Make the inputs of a program; where it cannot run, their shapes will do."""
         if jax.default_backend() == "gpu":
             return jax.jit(make)()
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), jax.eval_shape(make))

@@ -1,7 +1,7 @@
 """Does a run that is killed again and again end with the same bytes as one that is not?
 
 Kills short checkpointed runs at random moments, their saving included, starts each again until it ends, and compares
-what it returns with what an undisturbed run returns.
+its result with that of an undisturbed run.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ class Flags(harness.Flags):
 
 
 def train(flags: Flags, folder: Path) -> None:
-    """Run to the end, and save what the run returned."""
+    """Run to the end, and save the result."""
     parts = [subset(part, IMAGES, key=jax.random.key(7)) for part in load()]
     print("ready", flush=True)
     shared = {"config": TrainConfig(train_eval_size=IMAGES // 2), "epochs": EPOCHS, "checkpoint": folder / "saved"}

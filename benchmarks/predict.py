@@ -1,4 +1,4 @@
-"""How many images a second does `predict` classify, 1, 32 and 10,000 at a time? Beside PyTorch."""
+"""How many images per second does `predict` classify, 1, 32 and 10,000 at a time? Beside PyTorch."""
 
 import dataclasses
 from collections.abc import Callable

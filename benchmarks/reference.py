@@ -90,7 +90,7 @@ class TutorialLoop:
         return total / len(self.loader)
 
     def prepare(self, batch: Batch) -> Batches:
-        """Make of a data set what `evaluate` takes."""
+        """Convert a data set for `evaluate`."""
         return torch.utils.data.DataLoader(TransformedImages(batch), batch_size=self.loader.batch_size)
 
     def evaluate(self, batches: Batches) -> tuple[float, float]:
@@ -134,7 +134,7 @@ class FastLoop:
         return loss.detach()
 
     def prepare(self, batch: Batch) -> Batches:
-        """Make of a data set what `evaluate` takes: chunks of 2,000, where the training data are."""
+        """Convert a data set for `evaluate`: chunks of 2,000, where the training data are."""
         images, labels = self._in_memory(batch)
         return list(zip(images.split(2_000), labels.split(2_000), strict=True))
 

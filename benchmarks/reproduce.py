@@ -43,7 +43,7 @@ STEPS: dict[str, tuple[str, ...]] = {
 class Flags:
     only: tuple[str, ...] = tuple(STEPS)  # Steps to run.
     data_dir: harness.Directory = None  # Directory with the data set.
-    output: Path = Path("runs/reproduce")  # Directory to write to, one folder a step.
+    output: Path = Path("runs/reproduce")  # Directory to write to, one folder per step.
 
 
 def recorded_minutes() -> dict[str, float]:

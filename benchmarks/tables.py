@@ -227,7 +227,7 @@ def memory(row: harness.Row) -> str:
 
 
 def paper() -> str:
-    """What many networks take on one GPU and on eight, by the record of one."""
+    """Estimate the cost of many networks on one GPU and on eight, from the record of one."""
     lanes, epochs = 10_000, 30
     row = rows_of("lanes", "H200")[-1]
     together = int(row["program"].split()[1])

@@ -1,4 +1,4 @@
-"""How many images a second does each program train? PyTorch's loops against JAX's, one process, in turns."""
+"""How many images per second does each program train? PyTorch's loops against JAX's, one process, in turns."""
 
 import dataclasses
 import os
@@ -67,7 +67,7 @@ class Torch(Program):
 
 
 class JaxSteps(Program):
-    """One jitted call a step, driven from Python."""
+    """One jitted call per step, driven from Python."""
 
     def __init__(self, config: TrainConfig, data: Data):
         self.config, self.data, self.key = config, jax.device_put(data), jax.random.key(0)
@@ -121,7 +121,7 @@ def band(batch_size: int, best: float) -> tuple[float, float]:
 
 
 def makers(flags: Flags, data: Data, size: int, device: str) -> Mapping[str, Callable[[], Program]]:
-    """Return what makes each program."""
+    """Return the constructor of each program, by name."""
     config, loop = TrainConfig(batch_size=size), {"dropout_rate": RATE, "batch_size": size, "device": device}
     loops = {
         EAGER: (True, FastLoop, loop),

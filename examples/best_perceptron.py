@@ -1,4 +1,4 @@
-"""Look for the best multilayer perceptron: recipes tried on a hold-out, the best one trained on all and tested once."""
+"""Search for the best multilayer perceptron: try recipes on a hold-out, train the best on all images, test it once."""
 
 import dataclasses
 import functools
@@ -31,8 +31,8 @@ STRUCTURES = {
 class Flags(TrainingFlags):
     structures: tuple[Literal["augmented", "deeper", "plain"], ...] = ("augmented",)  # Structures to try.
     epochs: int = 40  # Passes over the training set, in the search and after it.
-    seeds: int = 8  # Number of seeds that are tested, from 0; their networks are written as network-SEED.safetensors.
-    train_size: int = 60_000  # Training images to use; a sixth of them is held out for the search.
+    seeds: int = 8  # Number of seeds to test, from 0; each network is written to network-SEED.safetensors.
+    train_size: int = 60_000  # Number of training images to use; a sixth of them is held out for the search.
     output: Path = Path("runs/best_perceptron")  # Directory to write to.
 
 

@@ -21,9 +21,9 @@ MEASURES = {"accuracy": "accuracy", "loss": "NLL", "brier": "Brier score", "cali
 class Flags(TrainingFlags):
     epochs: int = 30  # Passes over the training set.
     seeds: int = 8  # Number of seeds, from 0; each trains without and with dropout.
-    rate: float = 0.2  # Dropout rate in (0, 1), of the training and of Monte Carlo dropout.
-    samples: int = 100  # Thinned networks of Monte Carlo dropout.
-    train_size: int = 60_000  # Training images to use, the same share of each class.
+    rate: float = 0.2  # Dropout rate in (0, 1), for training and for Monte Carlo dropout.
+    samples: int = 100  # Number of thinned networks for Monte Carlo dropout.
+    train_size: int = 60_000  # Number of training images to use, stratified by class.
     output: Path = Path("runs/calibration")  # Directory to write to.
 
 

@@ -1,4 +1,4 @@
-"""Classify pictures of clothes, PNG, JPEG or WebP files, with a network that is trained and kept at the first call."""
+"""Classify pictures of clothes (PNG, JPEG or WebP) with a network that is trained and saved on the first call."""
 
 import dataclasses
 from pathlib import Path
@@ -22,13 +22,13 @@ LIGHT_ON_DARK = {"auto": None, "light": True, "dark": False}
 @dataclasses.dataclass(frozen=True)
 class Flags:
     images: tyro.conf.Positional[tuple[Path, ...]]  # Pictures of one piece of clothing each, on a plain background.
-    train_dir: Path | None = None  # Train anew, on this directory with one folder of pictures for each class.
+    train_dir: Path | None = None  # Train a new network on this directory, which has one folder of pictures per class.
     model: Path = Path("runs/classify/network.safetensors")  # The network; if there is no such file, it is trained.
     samples: int = 0  # Thinned networks of Monte Carlo dropout, for error bars of ± one std; 0 switches dropout off.
     objects: Literal["auto", "light", "dark"] = "auto"  # How clothes differ from their background.
-    rate: float = 0.2  # Dropout rate of the training, in [0, 1).
+    rate: float = 0.2  # Dropout rate for training, in [0, 1).
     epochs: int = 30  # Passes over the training set.
-    seed: int = 0  # Seed of the training and of Monte Carlo dropout.
+    seed: int = 0  # Seed for training and Monte Carlo dropout.
     checkpoint: Path | None = None  # Directory to save every epoch to; the same command resumes from there.
     data_dir: Path | None = None  # Directory with the data set.
     output: Path = Path("runs/classify")  # Directory to write pictures to.

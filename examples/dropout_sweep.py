@@ -17,7 +17,7 @@ from fashion_jax.statistics import paired
 
 @dataclasses.dataclass(frozen=True)
 class Flags(TrainingFlags):
-    rates: tuple[float, ...] = (0.0, 0.1, 0.2, 0.35, 0.5, 0.7)  # Dropout rates in [0, 1); the first is compared with.
+    rates: tuple[float, ...] = (0.0, 0.1, 0.2, 0.35, 0.5, 0.7)  # Dropout rates in [0, 1); the first is the baseline.
     sizes: tuple[int, ...] = (1_000, 5_000, 20_000, 50_000)  # Training-set sizes, at most 50,000.
     seeds: int = 3  # Number of seeds, from 0.
     epochs: int = 30  # Passes over the training set, whatever its size.
@@ -67,7 +67,7 @@ def draw(arms: Mapping[str, Summary], rates: tuple[float, ...]) -> Figure:
     labels = {"final_loss": "validation loss (nats)", "gap": "gap (eval mode, nats)", "final_accuracy": "accuracy"}
     for axes, (name, label) in zip(panels, labels.items(), strict=True):
         for i, (title, summary) in enumerate(arms.items()):
-            # From light to dark, so that the order survives grey printing.
+            # From light to dark, so that the order survives gray printing.
             color, runs = colormaps["viridis_r"]((i + 1) / len(arms)), getattr(summary, name)
             axes.errorbar(rates, runs.mean(axis=1), runs.std(axis=1), capsize=3, label=title, color=color, marker="o")
         axes.set(xlabel="dropout rate", ylabel=f"final {label}")

@@ -11,8 +11,8 @@
 # %% [markdown]
 # # Does dropout prevent overfitting?
 #
-# A network *overfits* when it goes on getting better on the images that it learns from, and gets worse on images that
-# it has never seen. *Dropout* is a common remedy: at each training step, switch off a random part of the hidden units.
+# A network *overfits* when it keeps improving on the images it learns from but gets worse on images it has never seen.
+# *Dropout* is a common remedy: at each training step, switch off a random part of the hidden units.
 #
 # Udacity's PyTorch notebook *Inference and Validation* trains one small network without dropout and one with it, draws
 # two plots, and concludes that dropout prevents overfitting. This notebook repeats its experiment in JAX, and then asks
@@ -61,11 +61,11 @@ IMAGES = 60_000  # how many images it learns from
 # %% [markdown]
 # ## 1. The images
 #
-# Fashion-MNIST holds small grey pictures of clothes, each with a label: one of ten classes. The network learns from the
-# training images. The test images are kept apart, to see how it does on what it has not learned from.
+# Fashion-MNIST holds small gray pictures of clothes, each with a label: one of ten classes. The network learns from the
+# training images. The test images show how well it does on images it has not learned from.
 #
-# `load` finds the data on your machine, or downloads them. `subset` takes a random part, with as many images of each
-# class as of any other; as long as `IMAGES` is 60,000 it takes them all.
+# `load` finds the data on your machine, or downloads them. `subset` takes a random part, with the same number of images
+# from each class; if `IMAGES` is 60,000, it takes them all.
 
 # %%
 train, test = load()
@@ -89,7 +89,7 @@ display(samples(train.images[:900]))
 # ## 2. The network, by hand
 #
 # The network is a chain of four *linear layers*. Each computes `x @ kernel + bias`. After each of the first three comes
-# a *ReLU*, which replaces negative numbers by 0; what comes out of it are the *hidden units*.
+# a *ReLU*, which replaces negative numbers by 0; its outputs are the *hidden units*.
 #
 # In JAX a model holds no weights. They live in a dictionary of arrays, and you pass them to every function that needs
 # them. `init_state` draws them at random.
@@ -152,8 +152,8 @@ print(f"loss of blind guesses: {np.log(10):.4f} nats")
 # ## 3. Dropout, by hand
 #
 # During training, dropout sets each hidden unit to 0 with probability 0.2, and multiplies the others by 1 / (1 - 0.2),
-# so that the sum stays the same on average. Which units are dropped is drawn anew at each step: that is the *mask*. No
-# unit can rely on a certain other one being there.
+# so that the sum stays the same on average. A new random *mask* decides at each step which units are dropped. So no
+# unit can rely on any other unit being there.
 #
 # Where does the randomness come from? JAX has no hidden random state. You pass a *key*, and **the same key gives the
 # same numbers**, always.
@@ -186,8 +186,8 @@ plt.show()
 # The first two are equal. Compare the first with the last: with the same key, what the lower rate drops, the higher
 # rate drops too.
 #
-# When the network is used, nothing may be random. That is what `deterministic=True` is for: dropout then does nothing.
-# With `deterministic=False` the model needs a key. Here is the loss of our one image, in nats, with dropout off and on.
+# At prediction time, nothing should be random. With `deterministic=True`, dropout does nothing. With
+# `deterministic=False` the model needs a key. Here is the loss of our one image, in nats, with dropout off and on.
 
 # %%
 print("dropout off:            ", loss_of(state.params, image[None], label[None], deterministic=True))
@@ -199,8 +199,8 @@ for name, seed in {"key 1:      ": 1, "key 1 again:": 1, "key 2:      ": 2}.item
 # ## 4. Training, step by step
 #
 # One training step takes a *batch* of 64 images, computes their mean loss with dropout on, asks which small change of
-# each weight would lower it (the *gradient*), and changes the weights a little. How far each weight moves is decided by
-# *Adam*, a common recipe.
+# each weight would lower it (the *gradient*), and changes the weights a little. *Adam*, a common optimizer, decides how
+# far each weight moves.
 #
 # `train_step` is a pure function: it changes nothing, and returns the next state.
 
@@ -245,12 +245,12 @@ for number in range(100):
 # ## 5. Training without and with dropout
 #
 # `fit` trains one network for many epochs. We want several, because one network may be lucky. `sweep` trains one for
-# each pair of a dropout rate and a *seed*, the number from which its key is made. Networks of one seed have the same
-# initial weights and the same order of images, whatever their dropout rate, so that comparing them is fair.
+# each pair of a dropout rate and a *seed*, the number from which its key is made. Networks with the same seed have the
+# same initial weights and the same order of images at every dropout rate, so the comparison is fair.
 #
 # After each epoch every network is measured on the test images. The tutorial calls this *validation*.
 #
-# This is the cell that takes long.
+# This cell takes the longest.
 
 
 # %%
@@ -265,7 +265,7 @@ display(Markdown("the first epoch takes longest: JAX compiles"), display_id="pro
 result = sweep(train, test, seeds=SEEDS, dropout_rate=(0.0, 0.2), epochs=EPOCHS, callbacks=[show], progress=False)
 
 # %% [markdown]
-# Every measure is now an array with one number for each rate, seed and epoch. We take them apart by rate.
+# Every metric is now an array with one number for each rate, seed and epoch. We split the arrays by rate.
 
 # %%
 print("rates, seeds, epochs:", result.history.validation.loss.shape)
@@ -292,8 +292,8 @@ panels[1].legend(fontsize=9)
 plt.show()
 
 # %% [markdown]
-# On the left the curves part: that is overfitting. On the right they stay close together. It looks as if dropout had
-# all but closed the gap.
+# On the left, the curves diverge: that is overfitting. On the right, they stay close together. It looks as if dropout
+# had nearly closed the gap.
 #
 # But the training curve is not measured like the validation curve, in two ways:
 #
@@ -301,8 +301,8 @@ plt.show()
 #   it is.
 # - **The weights still move.** The average reaches back to the beginning of the epoch, when the network was worse.
 #
-# How much the first one matters is quickly measured. Take a network that was trained with dropout, and measure its loss
-# on the same training images twice.
+# The first effect is easy to measure. Take a network trained with dropout, and measure its loss on the same training
+# images twice.
 
 # %%
 params = result.at(dropout_rate=0.2, seed=SEEDS[0]).state.params
@@ -313,9 +313,9 @@ print(f"training loss, dropout off: {off:.4f} nats")
 print(f"training loss, dropout on:  {on:.4f} nats")
 
 # %% [markdown]
-# The difference is due to dropout alone; the weights are the same. The fair way is to measure training images as
-# validation images are measured: after the epoch, with dropout off, in *eval mode*. `sweep` has done that too, on a
-# fixed part of the training images.
+# The difference is due to dropout alone; the weights are the same. It is fairer to measure the training loss like the
+# validation loss: after the epoch, with dropout off, in *eval mode*. `sweep` has also done that, on a fixed part of the
+# training images.
 #
 # Here are all three curves, over all seeds: a line is the mean, and the band around it is one standard deviation to
 # each side. The ring is at the lowest mean validation loss.
@@ -325,8 +325,8 @@ display(losses(arms))
 
 # %% [markdown]
 # With dropout, the dashed curve lies well below the dotted one, so there is a gap on the right too; the tutorial's way
-# of measuring hides most of it. Without dropout only the moving weights set the two training curves apart. In numbers,
-# after the last epoch:
+# of measuring hides most of it. Without dropout, only the changing weights separate the two training curves. In
+# numbers, after the last epoch:
 
 # %%
 rows = [("validation loss minus", "training loss (running), as in the tutorial", "training loss (eval mode)")]
@@ -337,8 +337,8 @@ for title, arm in arms.items():
 display(Markdown(markdown(rows)))
 
 # %% [markdown]
-# And this is everything, losses in nats. "Final" is the mean of the last five epochs, "last" the last one alone, and
-# "best" each run's epoch with the lowest validation loss:
+# Here are all the numbers; losses are in nats. "Final" is the mean of the last five epochs, "last" the last one alone,
+# and "best" each run's epoch with the lowest validation loss:
 
 # %%
 display(Markdown(table(arms)))
@@ -399,16 +399,16 @@ print(f"with dropout minus without, {len(difference)} seeds:", interval(differen
 # If the whole interval lies below 0, luck is a poor explanation for a lower loss. If 0 lies inside, these seeds do not
 # tell which of the two networks is better. That is not the same as "they are equally good".
 #
-# "Dropout prevents overfitting" can mean several things. `judge` takes the tutorial's words apart into claims, and
-# gives one of four answers to each:
+# "Dropout prevents overfitting" can mean several things. `judge` splits this statement into claims, and gives each of
+# them one of four answers:
 #
 # - **supported**: the whole interval lies on the side of the claim;
 # - **refuted**: the whole interval lies on the other side;
-# - **negligible**: the interval is so close to 0 that whatever is in it means nothing;
+# - **negligible**: every value in the interval is too small to matter;
 # - **undecided**: the interval lies on both sides. More seeds might decide.
 #
-# A difference of less than 0.02 nats, or of 0.002 in accuracy, means nothing here. "Early" means in the first half of
-# the epochs.
+# A difference of less than 0.02 nats, or of 0.002 in accuracy, counts as negligible here. "Early" means in the first
+# half of the epochs.
 
 # %%
 display(Markdown(verdicts(judge(plain, dropout))))
@@ -420,10 +420,10 @@ display(Markdown(verdicts(judge(plain, dropout))))
 #   seeds may leave undecided whether the rise is more than 0.02. The 32 seeds of the [README](../README.md) decide it:
 #   without dropout it is, with dropout it is not. In that sense dropout does prevent overfitting.
 # - It narrows the gap between training and validation, but does not close it.
-# - Nothing says that it raises the accuracy. How can the loss get better and the accuracy not? Accuracy asks only
-#   whether the most probable class is the right one; the loss also asks how probable the network took it to be. In the
-#   last table of part 6, compare "final" with "best" for the network without dropout: its loss gets worse, its accuracy
-#   hardly moves. Overfitting spoils the confidence of this network more than its answers.
+# - There is no evidence that it raises the accuracy. How can the loss improve while the accuracy does not? Accuracy
+#   asks only whether the most probable class is the right one; the loss also asks how probable the network took it to
+#   be. In the last table of part 6, compare "final" with "best" for the network without dropout: its loss gets worse,
+#   its accuracy hardly moves. Overfitting spoils the confidence of this network more than its answers.
 # - Where the answer is "undecided", we must not say more.
 #
 # One often reads that with dropout a model "achieves better accuracy". Such a sentence may rest on one seed and one
@@ -435,13 +435,13 @@ display(Markdown(verdicts(judge(plain, dropout))))
 # %% [markdown]
 # ## 9. The rival: stopping early
 #
-# There is another remedy against a loss that rises late: stop before it does. Keep the weights of the epoch with the
-# lowest validation loss (`result.best.params` holds them), and forget what came after. It costs no computing, but it
-# is not free: over the many seeds of the project's README, the plain network is less accurate where its loss is lowest
-# than in the end.
+# There is another remedy for a loss that rises late: stop before it rises. Keep the weights of the epoch with the
+# lowest validation loss (`result.best.params` holds them), and discard the later ones. It needs no extra computation,
+# but it is not free: over the many seeds of the project's README, the plain network is less accurate where its loss is
+# lowest than in the end.
 #
 # A fair comparison needs care. The lowest of thirty noisy numbers is low partly by luck. So we let half of the seeds
-# choose the epoch at which the other half is stopped, and the other way round: their luck is not its own.
+# choose the epoch at which the other half is stopped, and vice versa, so no seed profits from its own luck.
 
 # %%
 chosen = best_epochs(plain.validation.loss)
@@ -466,8 +466,8 @@ print("dropout, not stopped, minus no dropout, stopped:", paired(with_dropout, s
 # ### So, does it?
 #
 # Yes, in the sense that it keeps the loss from rising late. No, if you hoped for more right answers. And the two plots
-# that we began with could not show that: they have one seed, and a training curve that is measured in another way than
-# the curve beside it.
+# that we began with could not show that: they have one seed, and a training curve that is measured differently from the
+# curve beside it.
 #
 # All of this holds for one network, one data set and one dropout rate. The [README](../README.md) of this project has
 # the same table of claims for many more seeds.
@@ -477,15 +477,15 @@ print("dropout, not stopped, minus no dropout, stopped:", paired(with_dropout, s
 #
 # Each needs only the package. `help(name)` shows a function's arguments.
 #
-# 1. **No key.** Call `network` with `deterministic=False` and no `rngs`. What happens, and why is that better than to
-#    draw some mask anyway?
-# 2. **More dropout.** Run `sweep` with `dropout_rate=(0.0, 0.5)` and ten epochs. What becomes of the gap, and of the
+# 1. **No key.** Call `network` with `deterministic=False` and no `rngs`. What happens, and why is that better than
+#    drawing a mask anyway?
+# 2. **More dropout.** Run `sweep` with `dropout_rate=(0.0, 0.5)` and ten epochs. What happens to the gap, and to the
 #    accuracy? Give it `learning_rate=(0.001, 0.003)` as well: any number can be varied like this.
 # 3. **Honest early stopping.** Split the training images with `fashion_jax.hold_out`, train with `fashion_jax.fit` on
 #    the larger part and validate on the other. Then measure `run.best.params` and `run.state.params` on the test images
 #    with `fashion_jax.evaluate`, once. Or stop as others do: `callbacks=[fashion_jax.EarlyStopping(patience=5)]`.
-# 4. **Fewer images.** Run `sweep` on `subset(train, 1_000, key=jax.random.key(0))`, then on 10,000 images. With which
-#    number of images does dropout change the final loss more? `fashion_jax.evidence.summarize` computes it.
+# 4. **Fewer images.** Run `sweep` on `subset(train, 1_000, key=jax.random.key(0))`, then on 10,000 images. Does dropout
+#    change the final loss more with 1,000 or with 10,000 images? `fashion_jax.evidence.summarize` computes it.
 # 5. **A wider network.** Train with `config=TrainConfig(model=FashionMLP(hidden=(1024, 512, 256)))` and judge again.
 #    Which answers change? (Be patient, or use fewer epochs.)
 # 6. **Fewer seeds, other seeds.** Compute `interval(difference[:2])`, then of three seeds, and so on. How does the
@@ -499,7 +499,7 @@ print("dropout, not stopped, minus no dropout, stopped:", paired(with_dropout, s
 #    vary both in one `sweep`: it takes every field that is a number. Which layer is better left alone?
 # 10. **What dropout does to activations.** `network.apply(..., capture_intermediates=True, mutable=["intermediates"])`
 #    returns the output of every layer. Compare its mean and its variance with dropout on and off, at rates 0.2 and 0.5.
-#    Why does the mean stay, and what becomes of the variance?
+#    Why does the mean stay the same, and what happens to the variance?
 # 11. **DropConnect.** Drop weights instead of units. Put this layer into a network of your own, and compare:
 #
 #    ```python

@@ -1,6 +1,6 @@
 """Write a trained network for PyTorch, safetensors, StableHLO and ONNX, and check each file on the test set.
 
-Prints how far the probabilities of the 10,000 test images are from ours when each file is read and run again.
+Prints how far the probabilities from each file, read back and run, are from ours on the 10,000 test images.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from fashion_jax.script import publish, run_script
 
 @dataclasses.dataclass(frozen=True)
 class Flags:
-    # The network, as `examples/classify.py` keeps it; or PyTorch weights, if the name ends in .pth or .pt.
+    # The network, as `examples/classify.py` saves it; or PyTorch weights, if the name ends in .pth or .pt.
     model: tyro.conf.Positional[Path] = Path("runs/classify/network.safetensors")
     data_dir: Path | None = None  # Directory with the data set.
     output: Path = Path("runs/export")  # Directory to write to.

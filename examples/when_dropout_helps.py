@@ -41,8 +41,8 @@ PAIRS += [(f"{rival}, dropout", rival) for rival in ("weight decay", "batch norm
 @dataclasses.dataclass(frozen=True)
 class Flags(TrainingFlags):
     images: int = 10_000  # Size of the training sets, at most 50,000.
-    epochs: int = 40  # Passes over each of them.
-    augment: bool = False  # Move and mirror the training images at random.
+    epochs: int = 40  # Passes over each training set.
+    augment: bool = False  # Shift and flip the training images at random.
     subsets: int = 8  # Number of training sets, two seeds each, that are tested; another one chooses the settings.
     output: Path = Path("runs/when_dropout_helps")  # Directory to write to.
 

@@ -14,7 +14,7 @@
                                interop.to_torch, save_safetensors, export, export_onnx
 
 To read the experiment itself, go from `train.fit` down to `steps.train_step` and `model.FashionMLP`. The names below
-are imported when they are first used, so that importing the package costs next to nothing.
+are imported on first use, so importing the package is fast.
 """
 
 import importlib

@@ -1,7 +1,7 @@
-"""Checks of arguments, called once where users come in; everything behind trusts its input.
+"""Argument checks, called once at the public entry points; internal code trusts its input.
 
 Each takes the argument's name and value, returns the value in the form that the package works with, and otherwise
-raises an error that names the argument, what was found and what to do.
+raises an error that names the argument, the value and the fix.
 """
 
 import dataclasses
@@ -53,7 +53,7 @@ def integer(name: str, value: Any, least: int) -> int:
 
 
 def got(value: Any) -> str:
-    """Return what was found, in one line of at most 80 characters."""
+    """Return a value as text for a message, in one line of at most 80 characters."""
     return textwrap.shorten(repr(value), 80, placeholder=" ...")
 
 

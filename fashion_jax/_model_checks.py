@@ -102,7 +102,7 @@ def variable_shapes(model: Any, image_shape: tuple[int, ...]) -> Any:
 
 @functools.lru_cache
 def output_shape(model: Any, image_shape: tuple[int, ...], *traced: str) -> Any:
-    """Return shape and type of what a model returns in training for one image, with some of its fields traced."""
+    """Return shape and type of a model's output in training for one image, with some of its fields traced."""
 
     def apply(fields, variables, images):
         options: Any = {"deterministic": False, "rngs": {"dropout": jax.random.key(0)}, "mutable": [*variables]}
@@ -150,7 +150,7 @@ def variables(found: Mapping[str, Any], expected: Mapping[str, Any]) -> int:
 
 
 def initial(config: Any, state: TrainState, images: Any, fetch: Callable[[Any], Any]) -> None:
-    """Raise ValueError for what would train without a word, and be wrong.
+    """Raise ValueError for setups that would train silently, but wrongly.
 
     Args:
         config: The model must return log-probabilities, and averages of the parameters must be asked for.
@@ -181,7 +181,7 @@ def initial(config: Any, state: TrainState, images: Any, fetch: Callable[[Any], 
 
 
 def start(value: Any, fresh: Any) -> Any:
-    """Return what a run carries, with its state replaced by one to continue from, or with the parameters of a `Best`.
+    """Return the carry of a run, with its state replaced by one to continue from, or with the parameters of a `Best`.
 
     Args:
         value: A `TrainState` or a `Best`.

@@ -33,7 +33,7 @@ FEW = 4  # Settings of a sweep whose figures fit into one line.
 
 
 class EpochEnd(NamedTuple):
-    """What a callback receives after each epoch.
+    """The argument that a callback receives after each epoch.
 
     Attributes:
         epoch: The epoch that has ended, from 1.
@@ -53,7 +53,7 @@ class EpochEnd(NamedTuple):
     fetch_state: Callable[[], TrainState]
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return one flat dictionary a run: hyperparameters, seed, epoch, and the five metrics.
+        """Return one flat dictionary per run: hyperparameters, seed, epoch, and the five metrics.
 
         >>> from fashion_jax.types import Metrics
         >>> curve = np.array([0.5])
@@ -74,7 +74,10 @@ Callback = Callable[[EpochEnd], bool | None]
 
 
 def shown(callbacks: Iterable[Callback], progress: bool | None) -> list[Callback]:
-    """Return the callbacks, with a `Progress` if that is asked for or somebody watches, and none is there yet."""
+    """Return the callbacks, plus a `Progress` if requested, unless there is one.
+
+    If `progress` is None, it is requested on a terminal and in a notebook.
+    """
     found = _checks.functions("callbacks", callbacks)
     if progress not in (True, False, None):
         raise TypeError(f"progress must be True, False or None, got {_checks.got(progress)}")
@@ -83,13 +86,13 @@ def shown(callbacks: Iterable[Callback], progress: bool | None) -> list[Callback
 
 
 class Progress:
-    """Show each epoch: a bar on a terminal and in a notebook, one plain line an epoch elsewhere.
+    """Show each epoch: a bar on a terminal and in a notebook, one plain line per epoch elsewhere.
 
     A sweep's figures are means over seeds for each combination of its other axes; of more than four combinations, the
     lowest and the highest mean. Runs that diverged are left out. One object may serve several runs.
 
     Args:
-        file: An open text file, by default standard error. A run goes on if nobody reads it any more.
+        file: An open text file, by default standard error. A run continues even if nobody reads it anymore.
     """
 
     def __init__(self, file: Any = None):
@@ -131,13 +134,13 @@ class Progress:
 
 
 class JsonLines:
-    """Append each epoch to a file, one JSON object a run: hyperparameters, seed, epoch and metrics; NaN becomes null.
+    """Append each epoch to a file, one JSON object per run: hyperparameters, seed, epoch and metrics; NaN becomes null.
 
     Lines are never changed: a run that was killed and resumes may repeat an epoch, see `read_json_lines`.
 
     Args:
         path: The file; it and missing parent directories are made.
-        **entries: What else tells runs apart, such as the seed of a `fit` or the size of its training set.
+        **entries: Further entries that identify the run, such as the seed of a `fit` or the size of its training set.
 
     Raises:
         OSError: The file cannot be written.
@@ -161,9 +164,9 @@ class JsonLines:
 
 
 def read_json_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Read a file of `JsonLines`: one dictionary a run and epoch, for example for `pandas.DataFrame`.
+    """Read a file of `JsonLines`: one dictionary per run and epoch, for example for `pandas.DataFrame`.
 
-    Of lines with the same entries up to the epoch the last one counts; half a line of a killed process is skipped.
+    Of lines with the same entries up to the epoch, only the last counts; a partial line of a killed process is skipped.
     """
     rows: dict[str, dict[str, Any]] = {}
     for line in _checks.path("path", path).read_bytes().splitlines():

@@ -1,4 +1,4 @@
-"""Checkpoints: one safetensors file an epoch, written beside the training, verified whenever it is read.
+"""Checkpoints: one safetensors file per epoch, written in the background, verified on every read.
 
 A directory belongs to one run, whose identity is in every file: keys, hyperparameters, data, and the digest of the
 epoch's lowered program, which covers model, optimizer, loss and sizes::
@@ -29,7 +29,7 @@ logger: logging.Logger = logging.getLogger(__name__)
 
 
 class Checkpoints(NamedTuple):
-    """Where and how often to save; `fit` and `sweep` take one of these, or just the directory.
+    """Directory and frequency of saving; `fit` and `sweep` take one of these, or just the directory.
 
     Attributes:
         directory: A directory for this run alone; made if missing.
@@ -155,7 +155,7 @@ class Store:
                     raise ValueError(f"{path} holds epoch {metadata['epoch']}")
             except ValueError as error:  # One bit makes of the digest's name another name.
                 damaged.append(path)
-                warnings.warn(f"{error}; the checkpoint before it is used, if there is one", stacklevel=2)
+                warnings.warn(f"{error}; falling back to the previous checkpoint, if there is one", stacklevel=2)
                 continue
             self._check_same_run(metadata)
             self._saved = epoch
@@ -168,7 +168,7 @@ class Store:
         return 0, like
 
     def save(self, epoch: int, tree: Callable[[], Any], *, best: int, last: bool = False) -> None:
-        """Save a tree of NumPy arrays beside the training, if it is this epoch's turn and it is not saved yet.
+        """Save a tree of NumPy arrays in the background, if this epoch is due and not saved yet.
 
         Args:
             epoch: Number of the epoch.

@@ -1,4 +1,4 @@
-"""The structure of an experiment: what is fixed when a program is compiled."""
+"""The structure of an experiment: everything that is fixed when a program is compiled."""
 
 import dataclasses
 import inspect
@@ -45,12 +45,12 @@ class TrainConfig:
         augment: Maps a key and images to images of the same shape and type, anew at each training step.
         eval_params: Maps the optimizer's state and the parameters to those to evaluate, such as
             `optax.contrib.schedule_free_eval_params`.
-        batch_size: Examples a step.
+        batch_size: Examples per step.
         eval_batch_size: Examples evaluated at once; it bounds memory and changes results by rounding only.
         train_eval_size: Training examples on which the training loss is evaluated; None takes all.
         evaluate_every: Epochs from one evaluation to the next; the last epoch of a run is always evaluated.
-        metrics: Further functions to report, by name: of `log_probs` and `labels`, of all examples of an evaluation, or
-            of `grads` and `updates`, of a step. Each returns a number. They are told apart by these argument names.
+        metrics: Additional metrics by name: functions of `log_probs` and `labels`, over all examples of an evaluation,
+            or of `grads` and `updates`, at each step. Each returns a number. The argument names tell them apart.
 
     Functions are compared by identity, so create a lambda or a `functools.partial` once.
 
@@ -80,10 +80,10 @@ class TrainConfig:
         _model_checks.structure(self)
 
     def metrics_of(self, *arguments: str) -> dict[str, Callable[..., Any]]:
-        """Return those of `metrics` that are functions of the named arguments."""
+        """Return the `metrics` that take the named arguments."""
         return {name: f for name, f in dict(self.metrics).items() if {*arguments} <= {*inspect.signature(f).parameters}}
 
     def measure(self, metrics: Metrics, **given: Any) -> Metrics | Measured:
-        """Add those of `metrics` that are functions of the given arguments."""
+        """Add the `metrics` that take the given arguments."""
         others = {name: function(**given) for name, function in self.metrics_of(*given).items()}
         return Measured(*metrics, others) if others else metrics

@@ -1,4 +1,4 @@
-"""Where lanes run: on the way to the devices, there, and back to the host.
+"""Place lanes on devices, run them there, and fetch the results.
 
 Lanes are sharded over the devices. A CPU device trains its lanes one after the other, which keeps a network in its
 core's cache; an accelerator trains many at once.
@@ -34,12 +34,12 @@ HEARTBEAT_SECONDS = 30
 
 
 def use_all_cores() -> None:
-    """Make one JAX CPU device of each core that this process may use; call it before the first JAX operation.
+    """Create one JAX CPU device for each core that this process may use; call it before the first JAX operation.
 
     It does nothing on a machine with an accelerator.
 
     Raises:
-        RuntimeError: JAX has started its devices already, and there are not as many.
+        RuntimeError: JAX has already started with a different number of devices.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
     # A container's quota, such as "150000 100000" for one and a half cores; "max" is none.
@@ -171,7 +171,7 @@ def _map(function, lanes, shared, *, config: TrainConfig, mesh: Mesh, at_once: i
 
 
 def lanes_that_fit(device: Any, config: TrainConfig, image_shape: tuple[int, ...]) -> int:
-    """Estimate how many lanes a device should train at once: 1 on a CPU, and what fits into the memory of others.
+    """Estimate how many lanes a device should train at once: 1 on a CPU, as many as fit into the memory of others.
 
     >>> lanes_that_fit(jax.devices("cpu")[0], TrainConfig(), (28, 28))
     1

@@ -38,9 +38,9 @@ class Summary(NamedTuple):
     """A few numbers for each run; every leaf has the axes of the history but the last.
 
     "best" is the epoch with the run's lowest validation loss, counted from 1. The smallest of many noisy numbers is
-    biased downward; `late_rises` has a rise that is not. "final" is the mean of the last five epochs (of all, if there
-    are fewer). `late_rise` is `final_loss` minus `best_loss`, and `gap` is the final validation loss minus the final
-    training loss (eval mode).
+    biased downward; `late_rises` computes an unbiased rise. "final" is the mean of the last five epochs (of all, if
+    there are fewer). `late_rise` is `final_loss` minus `best_loss`, and `gap` is the final validation loss minus the
+    final training loss (eval mode).
     """
 
     best_epoch: Int[np.ndarray, "*runs"]
@@ -133,8 +133,8 @@ def judge(
         plain: Runs without dropout; leaves [seeds, epochs].
         dropped: Runs with dropout, of the same seeds.
         name: The second arm in claims, such as "dropout 0.2".
-        loss_margin: The largest difference of losses that means nothing, in nats.
-        accuracy_margin: The same of accuracies.
+        loss_margin: The largest difference of losses that counts as negligible, in nats.
+        accuracy_margin: The same for accuracies.
 
     Raises:
         TypeError: An arm is not a History.

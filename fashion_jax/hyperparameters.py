@@ -1,7 +1,7 @@
-"""How hyperparameters find their place.
+"""Routing of hyperparameters to the model and the optimizer.
 
-Every number that one might want to vary is a hyperparameter: a traced keyword argument, so that another value compiles
-nothing. One with the name of a field of the model replaces that field; all others are arguments of the optimizer
+Every number that one might want to vary is a hyperparameter: a traced keyword argument, so changing a value does not
+recompile. One with the name of a field of the model replaces that field; all others are arguments of the optimizer
 factory.
 """
 
@@ -21,7 +21,7 @@ from fashion_jax.config import TrainConfig
 
 
 def checked(config: TrainConfig, hyperparameters: Mapping[str, Any], *, axes: bool = False) -> dict[str, Any]:
-    """Return what users gave as Python's numbers; with `axes`, a sequence as a tuple of them."""
+    """Return the given hyperparameters as Python numbers; with `axes`, sequences as tuples."""
     if not isinstance(config, TrainConfig):
         raise TypeError(f"config must be a TrainConfig, got {_checks.got(config)}")
     _find(config, hyperparameters)

@@ -1,4 +1,4 @@
-"""Pictures in the data set's form, one by one or in folders: grey, 28x28, a light object on black."""
+"""Pictures in the data set's form, one by one or in folders: gray, 28x28, a light object on black."""
 
 import contextlib
 import io
@@ -32,10 +32,10 @@ Pixels = Float[np.ndarray, "_ _"]
 def read_image(path: str | os.PathLike[str], *, light_on_dark: bool | None = None) -> UInt8[np.ndarray, "28 28"]:
     """Read a picture of one object on a plain background as an image of the data set.
 
-    The picture is rotated as its EXIF data say, made grey, inverted if the object is darker than the background, and
+    The picture is rotated as its EXIF data say, made gray, inverted if the object is darker than the background, and
     cropped to the object; uneven light, noise and specks do not belong to it. The background becomes 0, the brightest
     pixel at least 254, the longest edge 28 pixels, and the object is centered; a pixel is the mean of the area that it
-    covers, where Fashion-MNIST subsampled and sharpened. A picture of 28x28 pixels is only made grey and inverted.
+    covers, where Fashion-MNIST subsampled and sharpened. A picture of 28x28 pixels is only made gray and inverted.
 
     Args:
         path: A PNG, JPEG or WebP file of any mode; of an animation, the first frame.
@@ -174,7 +174,7 @@ def _read_photograph(path: Path, grey: Pixels, known: Pixels | None, light_on_da
 
 
 def _decode(path: Path) -> tuple[Pixels, Pixels]:
-    """Return grey levels from 0 to 255, multiplied by the opacity, and the opacity from 0 to 1."""
+    """Return gray levels from 0 to 255, multiplied by the opacity, and the opacity from 0 to 1."""
     from PIL import Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 
     content = path.read_bytes()
@@ -251,7 +251,7 @@ def _background(grey: Pixels) -> Pixels:
 
 
 def _find(contrast: Pixels, smooth: Pixels) -> tuple[float, tuple[slice, ...], dict[str, bool]]:
-    """Return the weight of the main piece that stands out, the box around the object, and what is doubtful about it."""
+    """Return the weight of the main piece that stands out, the box around the object, and doubts about it."""
     from scipy import ndimage
 
     margin = _frame(contrast, MARGIN)

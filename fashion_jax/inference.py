@@ -1,4 +1,4 @@
-"""Class probabilities from a trained network, dropout off or on; any number of images runs one of three programs."""
+"""Class probabilities from a trained network, dropout off or on; three compiled programs serve any number of images."""
 
 import functools
 from collections.abc import Callable, Iterator

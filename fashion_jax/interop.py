@@ -30,7 +30,7 @@ class Network(NamedTuple):
 
     Attributes:
         params: The model's parameters.
-        config: The default but for the model, which has the dropout rate of the training.
+        config: The default, except for the model, which has the dropout rate used in training.
         class_names: Name of each class.
     """
 

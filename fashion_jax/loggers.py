@@ -1,7 +1,7 @@
-"""Loggers for `fit` and `sweep`: callbacks that log to TensorBoard, Weights & Biases and MLflow, one run a lane.
+"""Loggers for `fit` and `sweep`: callbacks that log to TensorBoard, Weights & Biases and MLflow, one run per lane.
 
-A resumed run continues where it was logged, and each epoch is logged once. Of several processes the first one logs.
-The extras `tensorboard`, `wandb` and `mlflow` install what each needs; without it, a new logger raises ImportError.
+A resumed run continues its log, and each epoch is logged once. With several processes, only the first one logs. The
+extras `tensorboard`, `wandb` and `mlflow` install what each needs; without it, a new logger raises ImportError.
 
 >>> import tempfile, numpy as np
 >>> from fashion_jax import Batch, sweep
@@ -84,7 +84,7 @@ class TensorBoard(_Logger):
 
     Args:
         directory: Where to write; a run that starts again there replaces the one before.
-        **entries: What else tells runs apart, such as the seed of a `fit`.
+        **entries: Further entries that identify the run, such as the seed of a `fit`.
     """
 
     def __init__(self, directory: str | os.PathLike[str], **entries: Any):
@@ -109,7 +109,7 @@ class WandB(_Logger):
     """Log to Weights & Biases: metrics by epoch, and hyperparameters as config.
 
     Args:
-        **options: Arguments of `wandb.init`, such as project, group and mode. Entries of config tell runs apart.
+        **options: Arguments of `wandb.init`, such as project, group and mode. Entries of config identify the run.
     """
 
     def __init__(self, **options: Any):
@@ -133,7 +133,7 @@ class MLflow(_Logger):
     Args:
         experiment: Name of the experiment; made if missing.
         tracking_uri: A server, or a file such as "sqlite:///mlflow.db"; by default MLflow's own.
-        **entries: What else tells runs apart, such as the seed of a `fit`.
+        **entries: Further entries that identify the run, such as the seed of a `fit`.
     """
 
     def __init__(self, experiment: str, tracking_uri: str | None = None, **entries: Any):
@@ -159,7 +159,7 @@ class MLflow(_Logger):
 
 
 def _event_file(directory: Path, epoch: int, opened: contextlib.ExitStack) -> Callable[..., None]:
-    """Open a file of TensorBoard's events, and return what writes one; it replaces earlier ones from the epoch on."""
+    """Open a file of TensorBoard events, and return its writer; the file replaces earlier events from the epoch on."""
     from tensorboardX.event_file_writer import EventsWriter
     from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
 

@@ -18,9 +18,9 @@ from fashion_jax._threefry import uniform
 class Dropout(nn.Module):
     """Zero each entry with probability `rate` and scale the others by 1 / (1 - rate).
 
-    Unlike that of `flax.linen.Dropout`, the rate may be traced, so one compiled program serves every rate. Two rates
-    share their uniform draws: an entry that the lower rate drops, the higher one drops too. At rate 0 the output equals
-    the input bit for bit.
+    Unlike in `flax.linen.Dropout`, the rate may be traced, so one compiled program serves every rate. Two rates share
+    their uniform draws: an entry that the lower rate drops, the higher one drops too. At rate 0 the output equals the
+    input bit for bit.
 
     Attributes:
         rate: Probability of dropping an entry, in [0, 1).
@@ -102,7 +102,7 @@ def normalize(images: UInt8[Array, "*shape"]) -> Float[Array, "*shape"]:
     """Map pixels from 0..255 to [-1, 1] in the tutorial's two steps: x/255, then (x - 0.5)/0.5.
 
     Raises:
-        TypeError: The images are not uint8: a network would train on pixels scaled twice without a word.
+        TypeError: The images are not uint8: a network would silently train on pixels scaled twice.
 
     >>> normalize(jnp.array([0, 255], jnp.uint8)).tolist()
     [-1.0, 1.0]

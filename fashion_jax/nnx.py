@@ -18,7 +18,7 @@ from fashion_jax._threefry import uniform
 class Dropout(nnx.Module):
     """Zero each entry with probability `rate` and scale the others by 1 / (1 - rate), like `fashion_jax.model.Dropout`.
 
-    Unlike that of `flax.nnx.Dropout`, the rate may be traced. `train()` and `eval()` of a module switch it on and off.
+    Unlike in `flax.nnx.Dropout`, the rate may be traced. `train()` and `eval()` of a module switch it on and off.
 
     Args:
         rate: Probability of dropping an entry, in [0, 1).

@@ -1,4 +1,4 @@
-"""Pages to share: answers, figures, tables and how they were made, in one HTML file that loads nothing else."""
+"""Shareable pages: answers, figures, tables, flags and environment in one self-contained HTML file."""
 
 import base64
 import io
@@ -72,7 +72,7 @@ def html(
         title: What the page is about, in a sentence.
         tables: Heading and text of each table: Markdown, as of `report.markdown` and `report.verdicts`, or a sentence.
         figures: Name and matplotlib Figure of each.
-        about: How the results were made, such as flags and environment: what `report.as_json` takes.
+        about: How the results were made, such as flags and environment: a record for `report.as_json`.
 
     >>> answer = "| claim | answer | measured | p |\\n|---|---|---|---|\\n| it helps | supported | +0.1 | 0.01 |"
     >>> page = html("Does it help?", {"Accuracy:": answer}, {}, about={"seeds": 8})

@@ -1,7 +1,7 @@
 """The tutorial's figures, as matplotlib Figures to save (`save`) or to show.
 
 Nothing here touches pyplot: there is no global state, and no display is needed. Curves differ in line style and
-lightness as well as in hue, for grey printing. Marks take the text color of the matplotlib style, so that they stay
+lightness as well as in hue, for gray printing. Marks take the text color of the matplotlib style, so that they stay
 visible on dark backgrounds. Titles and names are literal: `$` starts no formula.
 """
 
@@ -36,14 +36,14 @@ _DASHES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)))
 def losses(
     arms: Mapping[str, History], *, reference: Mapping[str, History] | None = None
 ) -> "matplotlib.figure.Figure":
-    """Draw the losses of each arm against the epoch, one panel an arm, up to three in a row, on one scale.
+    """Draw the losses of each arm against the epoch, one panel per arm, up to three in a row, on one scale.
 
     Lines are means over seeds, bands ± one standard deviation. A ring marks the epoch with the lowest mean validation
     loss. Diverged runs are left out, and the title says so. So is a curve without values.
 
     Args:
         arms: Title and history of each arm; leaves [epochs] or [seeds, epochs].
-        reference: Other runs to draw under the arm of the same title, as thin grey lines.
+        reference: Other runs to draw under the arm of the same title, as thin gray lines.
 
     Raises:
         TypeError: An arm is not a History.
@@ -105,7 +105,7 @@ def overlay(arms: Mapping[str, History]) -> "matplotlib.figure.Figure":
 
 
 def intervals(panels: Mapping[str, Mapping[str, Interval]]) -> "matplotlib.figure.Figure":
-    """Draw means with their 95% intervals, one panel a quantity, three in a row.
+    """Draw means with their 95% intervals, one panel per quantity, three in a row.
 
     Args:
         panels: Label of each quantity, and its interval by name; the names are the same in every panel.
@@ -131,7 +131,7 @@ def intervals(panels: Mapping[str, Mapping[str, Interval]]) -> "matplotlib.figur
 def claims(verdicts: Sequence[Verdict]) -> "matplotlib.figure.Figure":
     """Draw each claim with its answer and its 95% interval, losses above accuracies.
 
-    The grey band is the margin within which a difference means nothing, the dotted line where a claim begins to hold.
+    The gray band is the margin within which a difference is negligible, the dotted line where a claim begins to hold.
 
     >>> from fashion_jax.statistics import compare
     >>> figure = claims([compare("it helps", np.array([0.9, 0.91]), np.array([0.8, 0.82]), quantity="final accuracy")])
@@ -171,7 +171,7 @@ def classification(
 
     Args:
         image: Pixels, 0 to 255.
-        probabilities: The prediction, one number a class.
+        probabilities: The prediction, one number per class.
         class_names: Name of each class.
         label: The right class, if known; its bar is hatched.
         spread: Standard deviation of each probability, drawn as an error bar.
@@ -225,8 +225,8 @@ def samples(
     """Draw many images as one sheet, row by row; 900 make the tutorial's. With labels, each row has a class.
 
     Args:
-        images: Pixels, 0 to 255, grey or RGB; the last row is filled up with black.
-        columns: Images a row.
+        images: Pixels, 0 to 255, gray or RGB; the last row is filled up with black.
+        columns: Images per row.
         labels: Class of each image; of each class the first images are drawn.
         class_names: Name of each class, if labels are given.
 
@@ -262,7 +262,7 @@ def save(figure: "matplotlib.figure.Figure", path: str | os.PathLike[str], *, dp
     Args:
         figure: Any matplotlib Figure.
         path: Where to; an existing file is replaced.
-        dpi: Pixels an inch.
+        dpi: Pixels per inch.
         note: Small text above the figure, such as `report.machine`.
 
     Raises:

@@ -163,7 +163,7 @@ def outlook(judged: Sequence[Verdict], seconds_a_seed: float | None = None) -> s
 
 
 def read_curves(path: str | os.PathLike[str]) -> dict[float, History]:
-    """Read reference curves, such as those of PyTorch runs: one row a run, dropout rate and epoch.
+    """Read reference curves, such as those of PyTorch runs: one row per run, dropout rate and epoch.
 
     Args:
         path: A CSV file with the columns run, dropout_rate, epoch, running_train_loss, test_loss, test_accuracy.

@@ -1,4 +1,4 @@
-"""What examples and benchmarks share: flags, a log on standard error, results, errors in one line, exit statuses."""
+"""Shared by examples and benchmarks: flags, a log on standard error, results, errors in one line, exit statuses."""
 
 import contextlib
 import dataclasses
@@ -26,7 +26,7 @@ logger: logging.Logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class TrainingFlags:
-    """The flags that scripts which train share; their own extend them."""
+    """Flags shared by the training scripts, which add their own."""
 
     checkpoint: Path | None = None  # Directory to save every epoch to; the same command resumes from there.
     data_dir: Path | None = None  # Directory with the data set.
@@ -128,7 +128,7 @@ def publish(flags: Any, tables: Mapping[str, Any], figures: Mapping[str, Any], *
         flags: The script's flags; their class is defined in the script.
         tables: Heading of each table, and its rows, the heading row first, or its text.
         figures: Name and matplotlib Figure of each.
-        **records: What else is to be kept.
+        **records: Further records to keep.
     """
     import jax
 

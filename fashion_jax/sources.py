@@ -1,4 +1,4 @@
-"""Where the data sets come from: IDX files, a data set of TensorFlow Datasets (TFDS), or a host on the web.
+"""Sources of the data sets: IDX files, a data set of TensorFlow Datasets (TFDS), or a host on the web.
 
 All yield the same arrays in the same order, verified by the SHA-256 of the published files. No user's file is changed.
 """

@@ -1,4 +1,4 @@
-"""Intervals over repetitions, and the answers that they give. Pure functions."""
+"""Confidence intervals over repetitions, and verdicts based on them. Pure functions."""
 
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 from fashion_jax import _checks
 
 LEVEL = 0.95
-# Below these margins a difference means nothing: a twentieth of the losses at hand, and 20 of 10,000 images.
+# Below these margins a difference counts as negligible: a twentieth of the losses at hand, and 20 of 10,000 images.
 LOSS_MARGIN, ACCURACY_MARGIN = 0.02, 0.002
 MOST_SEEDS = 10_000
 # With fewer seeds intervals say little: for two, Student's t multiplies the standard error by 12.7.
@@ -47,7 +47,7 @@ class Verdict(NamedTuple):
         quantity: The quantity and, if it is not 0, the threshold.
         interval: Its mean and 95% interval.
         threshold: Where the claim begins to hold.
-        margin: The largest difference that means nothing.
+        margin: The largest difference that counts as negligible.
         note: The largest effect that is not excluded, where that matters, and a warning of few seeds.
     """
 
@@ -129,7 +129,7 @@ def compare(claim: str, first: PerSeed, second: PerSeed, *, quantity: str, margi
 def holm(verdicts: Sequence[Verdict]) -> Float[np.ndarray, " verdicts"]:
     """Compute the p-values of two-sided paired t-tests against the thresholds, adjusted for their number.
 
-    Of verdicts whose adjusted value is below 0.05, all are right in 95% of such studies.
+    In at least 95% of such studies, all verdicts with an adjusted p-value below 0.05 are right.
 
     Source: Holm, "A Simple Sequentially Rejective Multiple Test Procedure", Scand. J. Statist. 6 (1979).
 

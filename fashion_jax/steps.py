@@ -1,4 +1,4 @@
-"""The calculus: pure, jitted functions from a state and data to the next state and metrics. Inputs are trusted."""
+"""Pure, jitted functions that map a state and data to the next state and metrics. Inputs are trusted."""
 
 import functools
 from typing import Any, cast
@@ -30,7 +30,7 @@ def init_state(
     Args:
         key: The run's key, as for `fit`.
         config, image_shape: Static.
-        **hyperparameters: Numbers of the model and the optimizer, traced: other values compile nothing.
+        **hyperparameters: Numbers of the model and the optimizer, traced, so changing a value does not recompile.
 
     >>> state = init_state(jax.random.key(0))
     >>> state.params["fc1"]["kernel"].shape, int(state.step)
@@ -62,8 +62,8 @@ def train_epoch(
         **hyperparameters: Traced.
 
     Returns:
-        The state ceil(n / batch_size) steps later, and each batch's loss, [steps]; with metrics of steps, a `Measured`
-        in place of the losses.
+        The state ceil(n / batch_size) steps later, and each batch's loss, [steps]; with step metrics, a `Measured` in
+        place of the losses.
 
     >>> train = Batch(jnp.zeros((5, 28, 28), jnp.uint8), jnp.arange(5))
     >>> state, losses = train_epoch(init_state(jax.random.key(0)), train, jax.random.key(0))
@@ -114,8 +114,8 @@ def train_step(
         **hyperparameters: Traced.
 
     Returns:
-        The next state, and the batch's training loss and accuracy under the old parameters, with those of
-        `config.metrics` that measure a step.
+        The next state, and the batch's training loss and accuracy under the old parameters, with the step metrics of
+        `config.metrics`.
 
     >>> batch = Batch(jnp.zeros((4, 28, 28), jnp.uint8), jnp.arange(4))
     >>> state, metrics = train_step(init_state(jax.random.key(0)), batch, jax.random.key(1), dropout_rate=0.2)

@@ -31,14 +31,14 @@ logger: logging.Logger = logging.getLogger(__name__)
 
 
 class Carry(NamedTuple):
-    """What a run carries from one epoch to the next."""
+    """A run's state and best parameters, which each epoch passes to the next."""
 
     state: TrainState
     best: Best
 
 
 class Data(NamedTuple):
-    """What every lane sees: training examples, those on which the training loss is evaluated, validation examples."""
+    """The data of all lanes: training examples, those on which the training loss is evaluated, validation examples."""
 
     train: Batch
     train_eval: Batch
@@ -60,14 +60,14 @@ def fit(
 ) -> Run:
     """Train one network and evaluate it after every epoch.
 
-    The same arguments give the same bytes on the same device. Other hyperparameters or another number of epochs compile
-    nothing.
+    The same arguments give the same bytes on the same device. Changing the hyperparameters or the number of epochs does
+    not recompile.
 
     Args:
         train: Training examples.
         validation: Validation examples.
         key: The run's only source of randomness, from `jax.random.key(seed)`.
-        config: Model, optimizer, loss and batches: what is fixed at compile time.
+        config: Model, optimizer, loss and batches: everything that is fixed at compile time.
         epochs: Passes over the training set.
         start: A state to continue from, or the `best` of a run, whose parameters then start a new one.
         callbacks: Called after each epoch with an `EpochEnd`; the run ends when one returns a true bool. A run that
@@ -109,8 +109,9 @@ def sweep(
 ) -> Sweep:
     """Train a network for every combination of hyperparameters and seeds, as one program.
 
-    Each run draws what `fit` draws with `jax.random.key(seed)`: within a seed all share initial parameters, batch order
-    and the uniform numbers behind the dropout masks. With several processes, call it in each with the same arguments.
+    Each run makes the same random draws as `fit` with `jax.random.key(seed)`: within a seed all share initial
+    parameters, batch order and the uniform numbers behind the dropout masks. With several processes, call it in each
+    with the same arguments.
 
     Args:
         train: Training examples.
@@ -247,7 +248,7 @@ def _start(key, numbers, carry: None, turn: None, data: Data, *, config: TrainCo
 
 
 def _epoch(key, numbers, carry: Carry, turn, data: Data, *, config: TrainConfig) -> tuple[Carry, History, Any]:
-    """Train one run for one epoch and evaluate it, if it is time; return also whether its parameters have changed.
+    """Train one run for one epoch and evaluate it if due; also return whether its parameters changed.
 
     A run whose losses are not finite stays where it was.
     """

@@ -1,4 +1,4 @@
-"""The values that travel: data, metrics, states and results. This module imports nothing of the package.
+"""The values passed between modules: data, metrics, states and results. This module imports none of the others.
 
 A leaf is an array whose axes grow in front: [epochs] for a run, [*hyperparameters, seeds, epochs] for a sweep.
 """
@@ -174,7 +174,7 @@ class Sweep:
             **values: A value of each axis to select from; these axes disappear.
 
         Returns:
-            A `Sweep` with the axes that are left, or a `Run` if none is.
+            A `Sweep` with the remaining axes, or a `Run` if there are none.
 
         Raises:
             KeyError: There is no such axis, or it has no such value.

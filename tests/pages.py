@@ -24,7 +24,7 @@ def run(*arguments: str | Path, cwd: Path) -> None:
 
 
 def run_blocks(*pages: Path, cwd: Path) -> None:
-    """Run the blocks of pages; what the package warns of is part of them."""
+    """Run the blocks of pages; the package's warnings are part of them."""
     run("-W", "error", "-W", "default::UserWarning", __file__, *pages, cwd=cwd)
 
 

@@ -65,7 +65,7 @@ def put(state, params, adam: torch.optim.Adam) -> None:
 
 
 def draw_masks(params, images, key, rate: float) -> list[Any]:
-    """Return the masks of a step: what becomes of hidden units that are all 1."""
+    """Return the masks of a step: dropout's outputs for hidden units that are all 1."""
     ones = jax.tree.map(lambda leaf: jnp.full_like(leaf, leaf.ndim == 1), params)
     _, seen = FashionMLP(dropout_rate=rate).apply(
         {"params": ones},

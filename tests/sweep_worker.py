@@ -1,4 +1,4 @@
-"""A process that trains, and what the tests of runs share.
+"""A process that trains, and helpers shared by the tests of runs.
 
 Usage: sweep_worker.py OPTIONS, the arguments of `main` as JSON.
 """
@@ -26,7 +26,7 @@ LINEAR = TrainConfig(model=FashionMLP(hidden=()), optimizer=optax.adamw)
 
 
 def parts(small: Batch, splits) -> tuple[Batch, Batch]:
-    """Four steps an epoch, the last one with 8 images."""
+    """Four steps per epoch, the last one with 8 images."""
     return Batch(*(leaf[:200] for leaf in small)), Batch(*(leaf[:300] for leaf in splits.test))
 
 

@@ -1,4 +1,4 @@
-"""What callers get wrong: one line that names the argument and what was found, before anything is trained."""
+"""Mistakes of callers: one line that names the argument and the value found, before anything is trained."""
 
 import functools
 import inspect

@@ -83,7 +83,7 @@ def test_an_ablation_takes_its_device_out(few):
 
 @pytest.mark.parametrize("kind", [TutorialLoop, FastLoop, GraphLoop])
 def test_pytorch_s_loops_are_the_experiment(small, few, kind):
-    """One batch an epoch, so that its order does not matter."""
+    """One batch per epoch, so that its order does not matter."""
     if kind is GraphLoop and not torch.cuda.is_available():
         pytest.skip("a CUDA graph needs a GPU")
     loop = kind(few.train, dropout_rate=0.0, batch_size=50, device="cuda" if kind is GraphLoop else "cpu")

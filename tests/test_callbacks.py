@@ -198,7 +198,7 @@ def test_a_log_that_cannot_be_written_is_an_error_before_training(tmp_path, monk
         ({"patience": 2, "min_delta": 0.5}, [3, 2.75, 2.25, 2, 2, 0], 5),
         ({}, [1, 2, 3, 4, 5, 6, 0], 6),
         ({"patience": 3}, [4, 3, 2, 1], None),
-        # A sweep ends when no run improves any more.
+        # A sweep ends when no run improves anymore.
         ({"patience": 2}, [[3, 3, nan], [2, 3, nan], [3, 2, nan], [2, 2, nan], [2.5, 2, nan], [1, 1, nan]], 5),
     ],
 )

@@ -1,4 +1,4 @@
-"""What is saved comes back as it was, or not at all; a run resumes where it belongs, and nowhere else."""
+"""A checkpoint comes back as it was saved, or not at all; a run resumes where it belongs, and nowhere else."""
 
 import dataclasses
 import functools
@@ -210,14 +210,14 @@ def test_every_flipped_bit_is_noticed_and_the_checkpoint_before_is_used(tmp_path
             epoch, tree = store.restore(TREE)
             assert (epoch, int(tree["step"]), len(caught)) == (4, 4, place + 1)
     told = [str(warning.message) for warning in caught]
-    assert all(line.startswith(f"{path} ") and "; the checkpoint before it is used" in line for line in told)
+    assert all(line.startswith(f"{path} ") and "; falling back to the previous checkpoint" in line for line in told)
 
 
 @pytest.mark.parametrize("damage", [lambda content: content[:-1], lambda content: b"", lambda content: b"x" * 1000])
 def test_a_damaged_checkpoint_is_named_and_made_again(data, whole, copy, damage):
     path = copy / "epoch-00002.safetensors"
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.warns(UserWarning, match=f"^{path} is damaged.*; the checkpoint before it is used"):
+    with pytest.warns(UserWarning, match=f"^{path} is damaged.*; falling back to the previous checkpoint"):
         equal(fit(*data, **OPTIONS, epochs=10, checkpoint=copy), whole)
 
 

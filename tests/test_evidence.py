@@ -29,7 +29,7 @@ ACCURACY = "dropout raises accuracy"
 
 
 def made(loss, *, gap=0.1, accuracy=0.88) -> History:
-    """A History [seeds, epochs] with a given validation loss, and gap and accuracy a seed."""
+    """A History [seeds, epochs] with a given validation loss, and gap and accuracy per seed."""
     loss = np.asarray(loss, np.float64)
     gap, accuracy = (np.broadcast_to(np.asarray(value, float)[..., None], loss.shape) for value in (gap, accuracy))
     return History(loss - gap, Metrics(loss - gap, accuracy), Metrics(loss, accuracy))
@@ -63,7 +63,7 @@ def recorded() -> list[History]:
 
 @pytest.mark.parametrize(("record", "margins"), [(RECORD, (0.005, 0.01, 0.04)), (SECOND, (0.006, 0.01, 0.039))])
 def test_the_recorded_seeds_have_the_same_answers_whatever_the_margin(record, margins):
-    """The first record was judged by its last epoch alone, by the first design of this code, on another machine."""
+    """The first record was judged by its last epoch alone, by the first version of this code, on another machine."""
     expected = [verdict["answer"] for verdict in json.loads((RECORD / "report.json").read_text())["verdicts"]]
     arms = arms_of(record)
     for margin in (*margins, 0.007, 0.02):

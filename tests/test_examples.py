@@ -1,4 +1,4 @@
-"""The examples, run as users run them, on real data: what they write, and how they end."""
+"""The examples, run as users run them, on real data: their output, and how they end."""
 
 import contextlib
 import dataclasses
@@ -33,7 +33,7 @@ START += "runpy.run_path(sys.argv[0], run_name='__main__')"
 
 @pytest.fixture
 def start(tmp_path):
-    """Start compare_overfit.py; what these processes compile they share, and none outlives the test."""
+    """Start compare_overfit.py; these processes share compiled programs, and none outlives the test."""
     cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     with contextlib.ExitStack() as stack:
 
@@ -49,7 +49,7 @@ def start(tmp_path):
 
 
 def wait_for(process: subprocess.Popen, epochs: int) -> str:
-    """Return what the process wrote on standard error up to so many more epochs."""
+    """Return the process's standard error up to so many more epochs."""
     text = ""
     for line in process.stderr:
         text += line
@@ -90,7 +90,7 @@ def test_compare_gives_the_same_report_however_often_it_is_stopped(start, tmp_pa
 
     process = start(flags, f"--output {tmp_path}/whole --epochs {epochs}")
     wait_for(process, 1)
-    process.stderr.close()  # Nobody reads its progress any more.
+    process.stderr.close()  # Nobody reads its progress anymore.
     assert process.stdout.read() == out
     assert process.wait() in (0, 120)  # Python's own status if it cannot flush standard error.
     stopped, files = (
@@ -145,7 +145,7 @@ def test_two_tasks_of_a_job_give_the_result_of_one(start, tmp_path):
 
 @pytest.fixture
 def run(monkeypatch, capsys, caplog, splits, tmp_path, unchecked):
-    """Run an example here, on 1,200 and 300 images; return its exit status, what it printed, and what it logged."""
+    """Run an example here, on 1,200 and 300 images; return its exit status, its output, and its log."""
     train = data.subset(splits.train, 1_200, key=jax.random.key(1))
     test = data.subset(splits.test, 300, key=jax.random.key(1))
     monkeypatch.setattr(

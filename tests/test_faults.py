@@ -143,7 +143,7 @@ def test_ctrl_c_returns_the_run_so_far(data, tmp_path, caplog):
 
 
 def interrupted_in_each_line(data, functions, checkpoint=lambda place: None):
-    """Yield what `fit` returns after a Ctrl-C in each line of some functions in turn; None if it raises."""
+    """Yield the result of `fit` after a Ctrl-C in each line of some functions in turn; None if it raises."""
     codes = {inspect.unwrap(function).__code__ for function in functions}
     for place in itertools.count(1):
         run, lines = None, itertools.count(1)

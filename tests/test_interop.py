@@ -74,7 +74,7 @@ def by_jax(params, images) -> np.ndarray:
 
 
 def in_lost_orders(model) -> list[dict[str, np.ndarray]]:
-    """What safetensors gives back, and others may: layers sorted as text, at random, and in the network's order."""
+    """Orders that safetensors or others may give back: layers sorted as text, at random, and in the network's order."""
     tensors = {name: np.asarray(tensor) for name, tensor in model.state_dict().items()}
     return [dict(sorted(tensors.items())), safetensors.numpy.load(safetensors.numpy.save(tensors)), tensors]
 

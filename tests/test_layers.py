@@ -71,7 +71,7 @@ def test_every_public_name_is_there():
         fashion_jax.fot  # noqa: B018
 
 
-def test_the_front_room_can_be_read_in_an_evening():
+def test_the_core_modules_can_be_read_in_an_evening():
     lines = {path.stem: len(path.read_text("utf-8").splitlines()) for path in PACKAGE.glob("*.py")}
     assert sum(lines[name] for name in ("types", "config", "model", "steps", "train")) <= 1_000
     assert max(lines.values()) <= 350

@@ -1,4 +1,4 @@
-"""TensorBoard, Weights & Biases and MLflow hold what the history holds, each epoch once, after a resume too."""
+"""TensorBoard, Weights & Biases and MLflow hold the numbers of the history, each epoch once, after a resume too."""
 
 import json
 import sqlite3

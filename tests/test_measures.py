@@ -1,4 +1,4 @@
-"""What an epoch reports beyond the five curves, how often it is evaluated, and which optimizers train."""
+"""Metrics beyond the five curves, how often an epoch is evaluated, and which optimizers train."""
 
 import contextlib
 import inspect

@@ -1,4 +1,4 @@
-"""The tutorial's notebook: its cells are the script's, they run, and what is stored is fit to be read."""
+"""The tutorial's notebook: its cells are the script's, they run, and the stored outputs are fit to be read."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What is shipped: the contents of the wheel, and its types.
+"""The package as shipped: the contents of the wheel, and its types.
 
 `make wheels` is the long form: it installs the wheel into empty environments.
 """
@@ -56,7 +56,7 @@ def test_the_wheel_holds_the_package_and_no_more(wheel):
 
 @pytest.fixture(scope="module")
 def installed(wheel, tmp_path_factory) -> Path:
-    """Python of an environment that holds the wheel, and borrows what it depends on."""
+    """Python of an environment that holds the wheel, and borrows its dependencies."""
     place = tmp_path_factory.mktemp("installed") / "venv"
     venv.create(place, symlinks=True)
     python = place / "bin" / "python"

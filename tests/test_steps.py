@@ -22,7 +22,7 @@ SGD = TrainConfig(model=MODEL, optimizer=optax.sgd)
 
 
 class Tally(nn.Module):
-    """One parameter an example. Its gradient is -1 / the size of the batch, for those in the batch."""
+    """One parameter per example. Its gradient is -1 / the size of the batch, for those in the batch."""
 
     n: int
 

@@ -1,4 +1,4 @@
-"""One run: what `fit` returns is what a loop over the steps returns."""
+"""One run: `fit` returns the same as a loop over the steps."""
 
 import contextlib
 import functools
