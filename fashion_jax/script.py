@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import importlib.metadata
 import logging
 import os
 import shlex
@@ -14,7 +15,7 @@ from typing import Any, Literal, NoReturn
 
 import tyro
 
-from fashion_jax import _checks, devices, files, page, plot, report
+from fashion_jax import _checks, devices, files, page, plot, report, sources
 from fashion_jax.types import History
 
 INTERRUPTED = 130
@@ -32,6 +33,7 @@ class TrainingFlags:
     data_dir: Path | None = None  # Directory with the data set.
     output: Path = Path("runs")  # Directory to write to.
     format: Literal["png", "pdf", "svg"] = "png"  # Format of the pictures.
+    cache: bool = True  # Keep programs for GPUs and TPUs, once compiled, in ~/.cache/fashion_jax/programs.
 
 
 def run_script(
@@ -51,6 +53,8 @@ def run_script(
             _join_tasks(flags)
             output.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=output).close()
+        if getattr(flags, "cache", False):
+            _keep_programs()
         status = main(flags)
         sys.stdout.flush()
     except KeyboardInterrupt:
@@ -92,6 +96,18 @@ def _join_tasks(flags: Any) -> None:
     elif tasks > 1:
         advice = "pass --distributed, or start one task" if hasattr(flags, "distributed") else "start one task"
         raise ValueError(f"{tasks} tasks of this job would write to {flags.output}; {advice}")
+
+
+def _keep_programs() -> None:
+    """Let JAX keep compiled programs where it has a plugin for accelerators, unless the user has named a directory.
+
+    On CPUs it would print an error at each start: github.com/jax-ml/jax/issues/38445.
+    """
+    import jax
+
+    accelerators = importlib.metadata.entry_points(group="jax_plugins")
+    if accelerators and not jax.config.jax_compilation_cache_dir and (cache := sources.cache_dir("programs")):
+        jax.config.update("jax_compilation_cache_dir", str(cache))
 
 
 def _has_devices() -> bool:
