@@ -106,7 +106,8 @@ def _keep_programs() -> None:
     import jax
 
     accelerators = importlib.metadata.entry_points(group="jax_plugins")
-    if accelerators and not jax.config.jax_compilation_cache_dir and (cache := sources.cache_dir("programs")):
+    named = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    if accelerators and not named and (cache := sources.cache_dir("programs")):
         jax.config.update("jax_compilation_cache_dir", str(cache))
 
 
