@@ -73,6 +73,8 @@ def use_device(device: str) -> str:
     import torch
 
     torch.set_num_threads(len(cores()))
+    # As XLA does: moments of units that have died fade to numbers with which a processor is slow.
+    torch.set_flush_denormal(True)
     if device == "cpu":
         jax.config.update("jax_platforms", "cpu")
         return "cpu"

@@ -129,15 +129,38 @@ def test_a_reader_that_misses_damage_is_found_out():
 def test_gradients_by_hand_and_one_function_a_step_are_autograd(few):
     loops = [kind(few.train, dropout_rate=0.2, batch_size=20) for kind in (MaskedLoop, HandLoop, CompiledLoop)]
     loops[2].update = reference._update  # What torch.compile compiles, which takes a minute.
-    for rows in torch.randperm(50).split(20):  # The last batch is short.
-        masks = tuple(torch.empty(len(rows), width).bernoulli_(0.8).div_(0.8) for width in (256, 128, 64))
-        losses = [loop.masked_step(rows, masks).item() for loop in loops]
-        assert losses[1:] == pytest.approx(losses[:1] * 2, rel=1e-5)
+    masks = [torch.empty(50, width).bernoulli_(0.8).div_(0.8) for width in (256, 128, 64)]
+    order = torch.randperm(50)
+    first, *others = (loop.train_on(order, masks).tolist() for loop in loops)  # The last batch is short.
+    for losses in others:
+        assert losses == pytest.approx(first, rel=1e-5)
     first, *others = ([param.detach().numpy() for param in loop.model.parameters()] for loop in loops)
     for params in others:
         for ours, theirs in zip(params, first, strict=True):
             # Adam's first steps are 0.003 each, whatever the gradient's size.
             np.testing.assert_allclose(ours, theirs, atol=2e-4)
+
+
+def test_gradients_by_hand_are_those_of_autograd_in_float64(few):
+    loop = HandLoop(few.train, dropout_rate=0.2, batch_size=50)
+    params = [param.detach().double().requires_grad_() for param in loop.model.parameters()]
+    masks = [torch.empty(50, width).bernoulli_(0.8).div_(0.8) for width in (256, 128, 64)]
+    loop.train_on(torch.arange(50), masks)
+    loss = reference.masked_loss(params, loop.images.double(), loop.labels, [mask.double() for mask in masks])
+    grads = torch.autograd.grad(loss, params)
+    for layer, weight, bias in zip(loop.layers(50), grads[::2], grads[1::2], strict=True):
+        np.testing.assert_allclose(layer.grad, torch.cat([weight.t(), bias[None]]), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("rate", [0.2, 0.5])
+def test_masks_drop_units_at_the_rate_and_make_up_for_it(rate):
+    mask = torch.empty(1_000, 256)
+    reference.draw(mask, rate)
+    np.testing.assert_allclose(mask.unique(), [0, 1 / (1 - rate)], rtol=1e-6)
+    # Four units share a draw; five standard deviations.
+    dropped = (mask == 0).view(-1, 4).double()
+    np.testing.assert_allclose(dropped.mean(dim=0), rate, atol=5 * (rate * (1 - rate) / len(dropped)) ** 0.5)
+    np.testing.assert_allclose(dropped.T.corrcoef(), np.eye(4), atol=5 / len(dropped) ** 0.5)
 
 
 @pytest.mark.parametrize("step", reproduce.STEPS)
