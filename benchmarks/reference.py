@@ -19,8 +19,8 @@ from fashion_jax.types import Batch, Params
 # Operations that autograd and optimizers call, without what is around them.
 log_softmax_backward = torch.ops.aten._log_softmax_backward_data.out
 threshold_backward = torch.ops.aten.threshold_backward.grad_input
-fused_adam = torch.ops.aten._fused_adam_.default
-ADAM = {"lr": 0.003, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0, "amsgrad": False}
+fused_adamw = torch.ops.aten._fused_adamw_.default
+ADAM = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "amsgrad": False, "maximize": False}
 # Images and labels of a data set, batch by batch.
 Batches = Iterable[tuple[torch.Tensor, torch.Tensor]]
 
@@ -199,27 +199,31 @@ def masked_loss(params: list[torch.Tensor], x: torch.Tensor, labels: torch.Tenso
 
 
 class CompiledLoop(MaskedLoop):
-    """Forward, backward and Adam as one function, compiled by torch.compile."""
+    """Forward, backward and AdamW as one function, compiled by torch.compile; without weight decay it is Adam."""
 
-    def __init__(self, train: Batch, **options: Any):
+    def __init__(self, train: Batch, *, learning_rate: float = 0.003, weight_decay: float = 0.0, **options: Any):
         super().__init__(train, **options)
         self.params = [param.detach() for param in self.model.parameters()]
         self.moments = [[torch.zeros_like(param) for param in self.params] for _ in range(2)]
         self.count = torch.zeros((), device=self.device)
+        # As tensors, so that other numbers compile nothing.
+        self.numbers = [torch.tensor(number, device=self.device) for number in (learning_rate, weight_decay)]
         self.update: Any = torch.compile(_update, fullgraph=True, dynamic=False)
 
     def masked_step(self, images: torch.Tensor, targets: torch.Tensor, *masks: torch.Tensor) -> torch.Tensor:
         """Train on a batch, as `MaskedLoop` does."""
-        return self.update(self.params, *self.moments, self.count, images, targets, masks)
+        return self.update(self.params, self.moments, self.count, self.numbers, images, targets, masks)
 
 
-def _update(params: Any, means: Any, squares: Any, count: Any, x: Any, labels: Any, masks: Any) -> torch.Tensor:
+def _update(params: Any, moments: Any, count: Any, numbers: Any, x: Any, labels: Any, masks: Any) -> torch.Tensor:
     grads, loss = torch.func.grad_and_value(masked_loss)(params, x, labels, masks)
+    learning_rate, weight_decay = numbers
     count += 1
-    for param, mean, square, grad in zip(params, means, squares, grads, strict=True):
+    for param, mean, square, grad in zip(params, *moments, grads, strict=True):
         mean.lerp_(grad, 0.1)
         square.mul_(0.999).addcmul_(grad, grad, value=0.001)
-        param.sub_(0.003 / (1 - 0.9**count) * mean / ((square / (1 - 0.999**count)).sqrt() + 1e-8))
+        step = mean / (1 - 0.9**count) / ((square / (1 - 0.999**count)).sqrt() + 1e-8)
+        param.sub_(learning_rate * (step + weight_decay * param))
     return loss
 
 
@@ -236,10 +240,11 @@ class Layer(NamedTuple):
 
 
 class HandLoop(MaskedLoop):
-    """No autograd: a backward pass by hand in as few operations as PyTorch has for it, and Adam on one flat vector."""
+    """No autograd: a backward pass by hand in as few operations as PyTorch has for it, and AdamW on one flat vector."""
 
-    def __init__(self, train: Batch, **options: Any):
+    def __init__(self, train: Batch, *, learning_rate: float = 0.003, weight_decay: float = 0.0, **options: Any):
         super().__init__(train, **options)
+        self.numbers = {"lr": learning_rate, "weight_decay": weight_decay}
         linears = [layer for layer in self.model.children() if isinstance(layer, nn.Linear)]
         shapes = [(linear.in_features + 1, linear.out_features) for linear in linears]
         sizes = [inputs * outputs for inputs, outputs in shapes]
@@ -284,7 +289,7 @@ class HandLoop(MaskedLoop):
         torch.mm(images.t(), layers[0].delta, out=layers[0].grad)
         self.count += 1
         vectors = [[vector] for vector in self.vectors]
-        fused_adam(*vectors, [], [self.count], maximize=False, **ADAM)
+        fused_adamw(*vectors, [], [self.count], **self.numbers, **ADAM)
         return torch.dot(targets.view(-1), log_probs.view(-1))
 
 

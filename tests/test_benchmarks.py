@@ -126,8 +126,13 @@ def test_a_reader_that_misses_damage_is_found_out():
     assert [ends(load) for load in (lambda _: False, lambda _: int("x"), {}.pop)] == [{end} for end in fuzz.FAILURES]
 
 
-def test_gradients_by_hand_and_one_function_a_step_are_autograd(few):
-    loops = [kind(few.train, dropout_rate=0.2, batch_size=20) for kind in (MaskedLoop, HandLoop, CompiledLoop)]
+@pytest.mark.parametrize(("learning_rate", "weight_decay"), [(0.003, 0.0), (0.01, 1.0)])
+def test_gradients_by_hand_and_one_function_a_step_are_autograd(few, learning_rate, weight_decay):
+    options = {"dropout_rate": 0.2, "batch_size": 20}
+    numbers = {"learning_rate": learning_rate, "weight_decay": weight_decay} if weight_decay else {}
+    loops = [MaskedLoop(few.train, **options)]
+    loops += [kind(few.train, **options, **numbers) for kind in (HandLoop, CompiledLoop)]
+    loops[0].optimizer = torch.optim.AdamW(loops[0].model.parameters(), learning_rate, weight_decay=weight_decay)
     loops[2].update = reference._update  # What torch.compile compiles, which takes a minute.
     masks = [torch.empty(50, width).bernoulli_(0.8).div_(0.8) for width in (256, 128, 64)]
     order = torch.randperm(50)
@@ -150,6 +155,27 @@ def test_gradients_by_hand_are_those_of_autograd_in_float64(few):
     grads = torch.autograd.grad(loss, params)
     for layer, weight, bias in zip(loop.layers(50), grads[::2], grads[1::2], strict=True):
         np.testing.assert_allclose(layer.grad, torch.cat([weight.t(), bias[None]]), rtol=1e-4, atol=1e-6)
+
+
+def test_one_function_a_step_is_adamw_in_float64(few):
+    numbers = {"learning_rate": 2**-7, "weight_decay": 2**-3}  # Exact in float32.
+    loop = CompiledLoop(few.train, dropout_rate=0.2, batch_size=20, **numbers)
+    loop.update = reference._update
+    for tensors in (loop.params, *loop.moments, loop.numbers, loop.masks):
+        tensors[:] = [tensor.double() for tensor in tensors]
+    loop.count, loop.images, loop.inputs = loop.count.double(), loop.images.double(), loop.inputs.double()
+    params = [param.clone().requires_grad_() for param in loop.params]
+    optimizer = torch.optim.AdamW(params, lr=2**-7, weight_decay=2**-3)
+    for mask in loop.masks:
+        reference.draw(mask, 0.2)
+    order = torch.randperm(50)
+    loop.train_on(order, loop.masks)
+    for rows, *masks in zip(order.split(20), *(mask.split(20) for mask in loop.masks), strict=True):
+        optimizer.zero_grad()
+        reference.masked_loss(params, loop.images[rows], loop.labels[rows], masks).backward()
+        optimizer.step()
+    for ours, theirs in zip(loop.params, params, strict=True):
+        np.testing.assert_allclose(ours, theirs.detach(), rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("rate", [0.2, 0.5])
