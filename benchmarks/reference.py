@@ -205,25 +205,29 @@ class CompiledLoop(MaskedLoop):
         super().__init__(train, **options)
         self.params = [param.detach() for param in self.model.parameters()]
         self.moments = [[torch.zeros_like(param) for param in self.params] for _ in range(2)]
-        self.count = torch.zeros((), device=self.device)
-        # As tensors, so that other numbers compile nothing.
-        self.numbers = [torch.tensor(number, device=self.device) for number in (learning_rate, weight_decay)]
+        self.count, self.learning_rate = 0, learning_rate
+        # As tensors, so that other numbers compile nothing: what weights shrink by, and Adam's corrections.
+        numbers = (1 - learning_rate * weight_decay, 1.0, 1.0)
+        self.numbers = [torch.tensor(number, device=self.device) for number in numbers]
         self.update: Any = torch.compile(_update, fullgraph=True, dynamic=False)
 
     def masked_step(self, images: torch.Tensor, targets: torch.Tensor, *masks: torch.Tensor) -> torch.Tensor:
         """Train on a batch, as `MaskedLoop` does."""
-        return self.update(self.params, self.moments, self.count, self.numbers, images, targets, masks)
+        self.count += 1
+        # Compiled, the powers would be computed for every parameter anew.
+        _, scale, correction = self.numbers
+        scale.fill_(self.learning_rate / (1 - 0.9**self.count))
+        correction.fill_((1 - 0.999**self.count) ** -0.5)
+        return self.update(self.params, self.moments, self.numbers, images, targets, masks)
 
 
-def _update(params: Any, moments: Any, count: Any, numbers: Any, x: Any, labels: Any, masks: Any) -> torch.Tensor:
+def _update(params: Any, moments: Any, numbers: Any, x: Any, labels: Any, masks: Any) -> torch.Tensor:
+    shrinkage, scale, correction = numbers
     grads, loss = torch.func.grad_and_value(masked_loss)(params, x, labels, masks)
-    learning_rate, weight_decay = numbers
-    count += 1
     for param, mean, square, grad in zip(params, *moments, grads, strict=True):
         mean.lerp_(grad, 0.1)
         square.mul_(0.999).addcmul_(grad, grad, value=0.001)
-        step = mean / (1 - 0.9**count) / ((square / (1 - 0.999**count)).sqrt() + 1e-8)
-        param.sub_(learning_rate * (step + weight_decay * param))
+        param.mul_(shrinkage).sub_(scale * mean / (square.sqrt() * correction + 1e-8))
     return loss
 
 
