@@ -1,4 +1,4 @@
-"""Run a set of benchmarks one after the other: ten minutes of them on two cores, or those for an accelerator."""
+"""Run a set of benchmarks one after the other: 15 minutes of them on two cores, or those for an accelerator."""
 
 import dataclasses
 import os

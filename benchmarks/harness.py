@@ -68,13 +68,20 @@ def cores() -> list[int]:
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
 
 
+def use_threads(count: int) -> None:
+    """Let PyTorch run on so many threads, and take denormal numbers for zero."""
+    import torch
+
+    torch.set_num_threads(count)
+    # As XLA does: moments of units that have died fade to numbers with which a processor is slow.
+    torch.set_flush_denormal(True)
+
+
 def use_device(device: str) -> str:
     """Set where JAX runs, "cpu" or "gpu", before its backend starts; return PyTorch's name of the device."""
     import torch
 
-    torch.set_num_threads(len(cores()))
-    # As XLA does: moments of units that have died fade to numbers with which a processor is slow.
-    torch.set_flush_denormal(True)
+    use_threads(len(cores()))
     if device == "cpu":
         jax.config.update("jax_platforms", "cpu")
         return "cpu"

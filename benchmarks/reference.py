@@ -58,6 +58,24 @@ def normalize(images: torch.Tensor) -> torch.Tensor:
     return (images.to(torch.float32) / 255 - 0.5) / 0.5
 
 
+class InMemory(NamedTuple):
+    """A data set for PyTorch in memory, which several loops can share: normalized images [n, 784], labels [n]."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+
+
+Examples = Batch | InMemory
+
+
+def in_memory(batch: Examples, device: str) -> InMemory:
+    """Bring a data set to the device, unless that is done."""
+    if isinstance(batch, InMemory):
+        return batch
+    images = normalize(torch.tensor(np.asarray(batch.images), device=device)).view(-1, 784)
+    return InMemory(images, torch.tensor(np.asarray(batch.labels), dtype=torch.int64, device=device))
+
+
 class TransformedImages(torch.utils.data.Dataset):
     """One image at a time through PIL, as torchvision's data set and transforms do it."""
 
@@ -110,20 +128,16 @@ class FastLoop:
     # Whether steps are recorded, which the optimizer has to know.
     recorded = False
 
-    def __init__(self, train: Batch, *, dropout_rate: float, batch_size=64, seed=0, device="cpu", compiled=False):
+    def __init__(self, train: Examples, *, dropout_rate: float, batch_size=64, seed=0, device="cpu", compiled=False):
         torch.manual_seed(seed)
         self.device, self.batch_size = device, batch_size
-        self.images, self.labels = self._in_memory(train)
+        self.images, self.labels = in_memory(train, device)
         self.model = TutorialMLP(dropout_rate).to(device)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=0.003, fused=True, capturable=self.recorded)
         self.loss = torch.compile(self._loss) if compiled else self._loss
 
     def _loss(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return nll_loss(self.model(images), labels)
-
-    def _in_memory(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        images = normalize(torch.tensor(np.asarray(batch.images), device=self.device)).view(-1, 784)
-        return images, torch.tensor(np.asarray(batch.labels), dtype=torch.int64, device=self.device)
 
     def epoch(self) -> float:
         """Train for one epoch; return the mean of the batch losses."""
@@ -139,9 +153,9 @@ class FastLoop:
         self.optimizer.step()
         return loss.detach()
 
-    def prepare(self, batch: Batch) -> Batches:
+    def prepare(self, batch: Examples) -> Batches:
         """Convert a data set for `evaluate`: chunks of 2,000, where the training data are."""
-        images, labels = self._in_memory(batch)
+        images, labels = in_memory(batch, self.device)
         return list(zip(images.split(2_000), labels.split(2_000), strict=True))
 
     def evaluate(self, batches: Batches) -> tuple[float, float]:
@@ -152,7 +166,7 @@ class FastLoop:
 class MaskedLoop(FastLoop):
     """`FastLoop` with the dropout masks of an epoch drawn at once, and its images put in order at once."""
 
-    def __init__(self, train: Batch, *, dropout_rate: float, **options: Any):
+    def __init__(self, train: Examples, *, dropout_rate: float, **options: Any):
         super().__init__(train, dropout_rate=dropout_rate, **options)
         self.rate, self.targets = dropout_rate, self.labels
         self.masks = [torch.ones(len(self.labels), width, device=self.device) for width in (256, 128, 64)]
@@ -201,7 +215,7 @@ def masked_loss(params: list[torch.Tensor], x: torch.Tensor, labels: torch.Tenso
 class CompiledLoop(MaskedLoop):
     """Forward, backward and AdamW as one function, compiled by torch.compile; without weight decay it is Adam."""
 
-    def __init__(self, train: Batch, *, learning_rate: float = 0.003, weight_decay: float = 0.0, **options: Any):
+    def __init__(self, train: Examples, *, learning_rate=0.003, weight_decay=0.0, **options: Any):
         super().__init__(train, **options)
         self.params = [param.detach() for param in self.model.parameters()]
         self.moments = [[torch.zeros_like(param) for param in self.params] for _ in range(2)]
@@ -246,7 +260,7 @@ class Layer(NamedTuple):
 class HandLoop(MaskedLoop):
     """No autograd: a backward pass by hand in as few operations as PyTorch has for it, and AdamW on one flat vector."""
 
-    def __init__(self, train: Batch, *, learning_rate: float = 0.003, weight_decay: float = 0.0, **options: Any):
+    def __init__(self, train: Examples, *, learning_rate=0.003, weight_decay=0.0, **options: Any):
         super().__init__(train, **options)
         self.numbers = {"lr": learning_rate, "weight_decay": weight_decay}
         linears = [layer for layer in self.model.children() if isinstance(layer, nn.Linear)]
@@ -305,7 +319,7 @@ class GraphLoop(FastLoop):
 
     recorded = True
 
-    def __init__(self, train: Batch, **options: Any):
+    def __init__(self, train: Examples, **options: Any):
         super().__init__(train, **options)
         before = copy.deepcopy(self.model.state_dict())
         self.rows = torch.arange(self.batch_size, device=self.device)

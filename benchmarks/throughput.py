@@ -3,9 +3,9 @@
 import dataclasses
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,8 @@ from fashion_jax.train import Data, evaluate, init_state, train_epoch, train_ste
 
 RATE = 0.2
 EAGER, TUTORIAL = "PyTorch, in memory, fused Adam", "PyTorch, the tutorial's loop"
-BY_HAND = "PyTorch, gradients by hand"
+COMPILED, BY_HAND = "PyTorch, one compiled function a step", "PyTorch, gradients by hand"
+GRAPH = "PyTorch, the same, as a CUDA graph"
 CURVES = harness.ROOT / "tests" / "reference" / "pytorch_curves.csv"
 # Beyond the range of three reference runs: about three standard deviations between seeds.
 SLACK = 0.010
@@ -59,7 +60,7 @@ class Program:
 class Torch(Program):
     """A PyTorch loop."""
 
-    def __init__(self, loop: TutorialLoop | FastLoop, data: Data):
+    def __init__(self, loop: TutorialLoop | FastLoop, data: Sequence[Any]):
         self.loop, self.epoch, self.parts = loop, loop.epoch, [loop.prepare(part) for part in data[1:]]
 
     def evaluate(self) -> object:
@@ -127,9 +128,9 @@ def makers(flags: Flags, data: Data, size: int, device: str) -> Mapping[str, Cal
         EAGER: (True, FastLoop, loop),
         "PyTorch, the same, compiled": (flags.compile, FastLoop, {**loop, "compiled": True}),
         "PyTorch, masks of an epoch at once": (True, MaskedLoop, loop),
-        "PyTorch, one compiled function a step": (flags.compile, CompiledLoop, loop),
+        COMPILED: (flags.compile, CompiledLoop, loop),
         BY_HAND: (True, HandLoop, loop),
-        "PyTorch, the same, as a CUDA graph": (device == "cuda", GraphLoop, loop),
+        GRAPH: (device == "cuda", GraphLoop, loop),
         "PyTorch, compiled, as a CUDA graph": (
             device == "cuda" and flags.compile,
             GraphLoop,

@@ -15,7 +15,7 @@ import torch
 import tyro
 
 from benchmarks import __main__ as all_benchmarks
-from benchmarks import ablation, fuzz, harness, reference, reproduce, throughput
+from benchmarks import ablation, fuzz, harness, lanes, reference, reproduce, throughput
 from benchmarks.reference import CompiledLoop, FastLoop, GraphLoop, HandLoop, MaskedLoop, TutorialLoop
 from fashion_jax import Batch, TrainConfig
 from fashion_jax.interop import from_torch
@@ -65,6 +65,33 @@ def test_a_turn_is_an_epoch_and_its_evaluations(few):
     assert (int(steps.state.step), int(fit.state.step)) == (6, 6)
     assert {int(state["step"]) for state in loop.optimizer.state.values()} == {6}
     assert evaluated == [30, 40] * 2
+
+
+@pytest.fixture
+def on_one_core(few, monkeypatch):
+    """Few images, and this process as it is."""
+    monkeypatch.setattr(harness, "use_device", lambda device: device)
+    monkeypatch.setattr(harness, "load_data", lambda: few)
+    monkeypatch.setattr(harness, "cores", lambda cores=harness.cores: cores()[:1])
+    monkeypatch.setattr(lanes, "use_all_cores", lambda: None)
+
+
+@pytest.mark.parametrize("grid", [False, True])
+def test_many_models_race_those_of_pytorch(on_one_core, monkeypatch, tmp_path, grid):
+    monkeypatch.setattr(lanes, "GRID", {"dropout_rate": (0.0, 0.2), "weight_decay": (0.0, 0.1)})
+    lanes.main(lanes.Flags(lanes=(2,), grid=grid, compile=False, repetitions=2, output=tmp_path))
+    rows = json.loads((tmp_path / ("grid.json" if grid else "lanes.json")).read_text())["rows"]
+    by_hand = ["PyTorch, gradients by hand", "PyTorch, gradients by hand, a process on each core"]
+    eager = ["PyTorch, in memory, fused Adam", "PyTorch, the same, a process on each core"]
+    models = dict.fromkeys(by_hand, 2) | {"sweep, 4 lanes": 4}
+    if not grid:
+        models = dict.fromkeys(eager + by_hand, 2) | {"fit": 1, "sweep, 2 lanes": 2}
+    assert {row["program"]: row["models timed"] for row in rows} == models
+    for row in rows:
+        assert [len(row["seconds"]), min(row["seconds"]) > 0] == [2, True]
+        ratios = [row[f"/ {other}"] for other in models if not other.startswith("sweep")]
+        assert min(ratios) > 0
+        assert row["models x images/s"] == pytest.approx(50 / np.median(row["seconds"]))
 
 
 def test_an_ablation_takes_its_device_out(few):
