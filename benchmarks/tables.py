@@ -115,12 +115,12 @@ def reproduced() -> str:
 
 def parity() -> str:
     """Differences of single steps."""
-    label, *columns = rows_of("parity")[0]
+    label, *columns = rows_of("parity", "")[0]
 
     def form(value: float) -> str:
         return f"{value:.1e}" if isinstance(value, float) and value else f"{value:g}"
 
-    rows = [[row[label], *(form(row[column]) for column in columns)] for row in rows_of("parity")]
+    rows = [[row[label], *(form(row[column]) for column in columns)] for row in rows_of("parity", "")]
     return report.markdown([[label, *columns], *rows])
 
 
