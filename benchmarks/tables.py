@@ -255,7 +255,9 @@ def teraflops(row: harness.Row) -> str:
     return f"{row['GFLOP/s'] / 1000:.3g}" if "GFLOP/s" in row else ""
 
 
-EACH_CORE = "PyTorch, the same, a process on each core"
+MANY = ("s per model and epoch", *(f"times {rival}" for rival in ("eager", "compiled, each core", "by hand, each core")))
+EACH_CORE = (f"PyTorch, {kind}, a process on each core" for kind in ("one compiled function a step", "gradients by hand"))
+MANY_CELLS = (seconds(3), faster("PyTorch, in memory, fused Adam", ".2f"), *(faster(name, ".2f") for name in EACH_CORE))
 MEMORY = "JAX's peak on the device so far (MiB)"
 LAUNCHES = ("kernels a step", "launched by the host a step", "us a step and model")
 
@@ -300,7 +302,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "images a second on a GPU": partial(images_a_second, "H200"),
     "race": lambda: table(
         "throughput",
-        BOTH,
+        ("Intel",),
         ("s per epoch", "times PyTorch at its best", "times gradients by hand", "times the tutorial's loop"),
         (
             seconds(2),
@@ -308,12 +310,8 @@ TABLES: dict[str, Callable[[], str]] = {
         ),
         where=lambda row: (row["batch size"], row["what"]) == (64, "training"),
     ),
-    "lanes": lambda: table(
-        "lanes",
-        BOTH,
-        ("s per model and epoch", "times PyTorch, one after the other", "times PyTorch, one on each core"),
-        (seconds(3), faster("PyTorch, in memory, fused Adam", ".2f"), faster(EACH_CORE, ".2f")),
-    ),
+    "lanes": lambda: table("lanes", ("Intel",), MANY, MANY_CELLS),
+    "grid": lambda: table("grid", [""], MANY[:1] + MANY[2:], MANY_CELLS[:1] + MANY_CELLS[2:]),
     "roofline": lambda: table(
         "roofline",
         BOTH,
