@@ -12,14 +12,18 @@ from benchmarks import harness
 # Of each set, the benchmarks and their flags.
 SETS: dict[str, dict[str, tuple[str, ...]]] = {
     "cpu": {"throughput": (), "lanes": (), "roofline": (), "startup": (), "rounding": (), "predict": ()},
-    # The first one stops where there is no GPU, before the others silently measure a CPU.
+    # The first one stops where there is no GPU, before the others silently measure a CPU. All take some minutes.
     "gpu": {
-        "throughput": ("--device", "gpu", "--batch-sizes", "64", "512", "4096", "--repetitions", "3"),
-        "lanes": ("--device", "gpu", "--lanes", "2", "8", "64", "256", "1024", "--repetitions", "3"),
-        "roofline": (),
-        "startup": ("--repetitions", "3"),
-        "predict": ("--device", "gpu"),
-        "kernels": (),
+        "throughput": ("--device", "gpu", "--batch-sizes", "64", "4096", "--repetitions", "1"),
+        "lanes": (
+            *("--device", "gpu", "--lanes", "2", "64", "1024", "4096"),
+            *("--batched", "--no-compile", "--repetitions", "1"),
+        ),
+        "predict": ("--device", "gpu", "--repetitions", "3"),
+        "roofline": ("--repetitions", "3"),
+        "kernels": ("--repetitions", "2"),
+        "startup": ("--repetitions", "1"),
+        "precision": ("--repetitions", "1"),
     },
 }
 

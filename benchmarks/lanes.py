@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import itertools
 import math
 import multiprocessing
 import os
@@ -14,7 +15,7 @@ import jax
 import optax
 
 from benchmarks import harness
-from benchmarks.reference import CompiledLoop, FastLoop, GraphLoop, HandLoop, in_memory
+from benchmarks.reference import BatchedGraphLoop, BatchedLoop, CompiledLoop, FastLoop, GraphLoop, HandLoop, in_memory
 from benchmarks.throughput import BY_HAND, COMPILED, EAGER, GRAPH, Torch
 from fashion_jax import TrainConfig, fit, sweep, use_all_cores
 from fashion_jax.train import Data
@@ -36,6 +37,7 @@ class Flags(harness.TimedFlags):
     lanes: tuple[int, ...] = (2, 16)  # Lanes of each sweep, even numbers: half without dropout, half with 0.2.
     grid: bool = False  # Race a sweep over dropout rates, learning rates and weight decays instead; writes grid.json.
     compile: bool = True  # Time PyTorch with torch.compile as well; it takes about two minutes to compile.
+    batched: bool = False  # Train PyTorch's models in one step as well, as many as a sweep has lanes.
 
 
 class Program(NamedTuple):
@@ -43,6 +45,7 @@ class Program(NamedTuple):
 
     models: int
     run: Callable[[], float]
+    warms_up: bool = False  # Each run leaves an epoch out by itself, in which it may compile.
 
 
 def one_by_one(kind: Any, rates: Sequence[float], data: Sequence[Any], **options: Any) -> Program:
@@ -103,10 +106,25 @@ def by_torch(
     return programs
 
 
+def together(lanes: int, shared: Sequence[Any], device: str, *, compiled: bool) -> dict[str, Program]:
+    """Return PyTorch's models in one step."""
+    kind, recorded = (BatchedGraphLoop, ", as a CUDA graph") if device == "cuda" else (BatchedLoop, "")
+    rates = RATES * (lanes // len(RATES))
+
+    def run() -> float:
+        # Anew, so that the memory of thousands of models is free for the next program.
+        models = Torch(kind(shared[0], dropout_rate=rates, device=device, compiled=compiled), shared)
+        models.turn()
+        return models.turn().both
+
+    name = f"PyTorch, {lanes} models in one step{', compiled' * compiled}{recorded}"
+    return {name: Program(lanes, run, warms_up=True)}
+
+
 def by_jax(data: Data, lanes: int, **arguments: Any) -> dict[str, Program]:
     """Return a sweep."""
     run = functools.partial(sweep, data.train, data.validation, **arguments)
-    return {f"sweep, {lanes} lanes": Program(lanes, functools.partial(harness.second_epoch, run))}
+    return {f"sweep, {lanes} lanes": Program(lanes, functools.partial(harness.second_epoch, run), warms_up=True)}
 
 
 def race(programs: Mapping[str, Program], images: int, repetitions: int) -> list[harness.Row]:
@@ -120,9 +138,9 @@ def race(programs: Mapping[str, Program], images: int, repetitions: int) -> list
             memory.setdefault(name, {"JAX's peak on the device so far (MiB)": stats["peak_bytes_in_use"] / 2**20})
         return seconds
 
-    # Ours leave the epoch that compiles out by themselves.
-    for name in [name for name in programs if name.startswith("PyTorch")]:
-        programs[name].run()
+    for program in programs.values():
+        if not program.warms_up:
+            program.run()
     turns = harness.take_turns({name: functools.partial(per_model, name) for name in programs}, repetitions)
     rows: list[harness.Row] = []
     for name, seconds in turns.items():
@@ -138,6 +156,8 @@ def main(flags: Flags) -> None:
         raise ValueError(f"--lanes must be even: half of them train without dropout; got {flags.lanes}")
     # torch.compile's pool of compiling processes would stay, and disturb what is timed.
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    # All that JAX would reserve at its start is more than it needs, and PyTorch needs the rest.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     device = harness.use_device(flags.device)
     if flags.device == "cpu":
         use_all_cores()
@@ -149,8 +169,10 @@ def main(flags: Flags) -> None:
     else:
         kinds = {GRAPH: GraphLoop} if device == "cuda" else kinds
         programs = by_torch({EAGER: FastLoop, **kinds}, RATES, data, device)
+        for lanes, compiled in itertools.product(flags.lanes * flags.batched, (False, True)[: 1 + flags.compile]):
+            programs |= together(lanes, data, device, compiled=compiled)
         alone = functools.partial(fit, data.train, data.validation, key=jax.random.key(0), dropout_rate=0.2)
-        programs["fit"] = Program(1, functools.partial(harness.second_epoch, alone))
+        programs["fit"] = Program(1, functools.partial(harness.second_epoch, alone), warms_up=True)
         for lanes in flags.lanes:
             programs |= by_jax(data, lanes, seeds=range(lanes // 2), dropout_rate=RATES)
     rows = race(programs, len(data.train.labels), flags.repetitions)

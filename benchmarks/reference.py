@@ -5,7 +5,8 @@ Written from the experiment's description; what `fashion_jax` is compared with, 
 
 import copy
 import functools
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -21,6 +22,8 @@ log_softmax_backward = torch.ops.aten._log_softmax_backward_data.out
 threshold_backward = torch.ops.aten.threshold_backward.grad_input
 fused_adamw = torch.ops.aten._fused_adamw_.default
 ADAM = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "amsgrad": False, "maximize": False}
+# Widths of the hidden layers.
+HIDDEN = (256, 128, 64)
 # Images and labels of a data set, batch by batch.
 Batches = Iterable[tuple[torch.Tensor, torch.Tensor]]
 
@@ -42,6 +45,35 @@ class TutorialMLP(nn.Module):
         for layer in (self.fc1, self.fc2, self.fc3):
             x = self.dropout(relu(layer(x)))
         return log_softmax(self.fc4(x), dim=1)
+
+
+class BatchedMLP(nn.Module):
+    """`TutorialMLP` for many models at once, on the first axis of every tensor; each has a dropout rate of its own."""
+
+    def __init__(self, dropout_rates: Sequence[float]):
+        super().__init__()
+        self.register_buffer("keep", 1 - torch.tensor(dropout_rates)[:, None, None])
+        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
+        for inputs, outputs in itertools.pairwise((784, *HIDDEN, 10)):
+            # As nn.Linear draws them.
+            bound = inputs**-0.5
+            for parameters, rows in ((self.weights, inputs), (self.biases, 1)):
+                parameters.append(torch.empty(len(dropout_rates), rows, outputs).uniform_(-bound, bound))
+
+    def masks(self, n: int) -> tuple[torch.Tensor, ...]:
+        """Draw the masks of a batch of n, for all hidden layers at once."""
+        keep = cast(torch.Tensor, self.keep)
+        return (torch.bernoulli(keep.expand(-1, n, sum(HIDDEN))) / keep).split(HIDDEN, dim=2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map images of all models [n, 784], or of each [models, n, 784], to log-probabilities [models, n, 10]."""
+        x = x.expand(len(self.weights[0]), -1, -1)
+        masks = self.masks(x.shape[1]) if self.training else ()
+        *hidden, (weight, bias) = zip(self.weights, self.biases, strict=True)
+        for (weights, biases), mask in itertools.zip_longest(hidden, masks):
+            x = relu(torch.baddbmm(biases, x, weights))
+            x = x if mask is None else x * mask
+        return log_softmax(torch.baddbmm(bias, x, weight), dim=2)
 
 
 @torch.no_grad()
@@ -125,40 +157,45 @@ class TutorialLoop:
 class FastLoop:
     """Tensors in memory, fused Adam, no synchronization within an epoch; optionally compiled."""
 
+    network: Any = TutorialMLP
     # Whether steps are recorded, which the optimizer has to know.
     recorded = False
 
-    def __init__(self, train: Examples, *, dropout_rate: float, batch_size=64, seed=0, device="cpu", compiled=False):
+    def __init__(self, train: Examples, *, dropout_rate: Any, batch_size=64, seed=0, device="cpu", compiled=False):
         torch.manual_seed(seed)
         self.device, self.batch_size = device, batch_size
         self.images, self.labels = in_memory(train, device)
-        self.model = TutorialMLP(dropout_rate).to(device)
+        self.model = self.network(dropout_rate).to(device)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=0.003, fused=True, capturable=self.recorded)
         self.loss = torch.compile(self._loss) if compiled else self._loss
 
     def _loss(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return nll_loss(self.model(images), labels)
 
-    def epoch(self) -> float:
+    def order(self) -> torch.Tensor:
+        """Shuffle the training set."""
+        return torch.randperm(len(self.labels), device=self.device)
+
+    def epoch(self) -> Any:
         """Train for one epoch; return the mean of the batch losses."""
         self.model.train()
-        order = torch.randperm(len(self.labels), device=self.device)
-        return torch.stack([self.step(rows) for rows in order.split(self.batch_size)]).mean().item()
+        losses = [self.step(rows) for rows in self.order().split(self.batch_size, dim=-1)]
+        return torch.stack(losses).mean(dim=0).tolist()
 
     def step(self, rows: torch.Tensor) -> torch.Tensor:
         """Train on these rows of the training set; return the batch's loss."""
         loss = self.loss(self.images[rows], self.labels[rows])
         self.optimizer.zero_grad()
-        loss.backward()
+        loss.backward(torch.ones_like(loss))
         self.optimizer.step()
         return loss.detach()
 
-    def prepare(self, batch: Examples) -> Batches:
-        """Convert a data set for `evaluate`: chunks of 2,000, where the training data are."""
+    def prepare(self, batch: Examples, size: int = 2_000) -> Batches:
+        """Convert a data set for `evaluate`: chunks, where the training data are."""
         images, labels = in_memory(batch, self.device)
-        return list(zip(images.split(2_000), labels.split(2_000), strict=True))
+        return list(zip(images.split(size), labels.split(size), strict=True))
 
-    def evaluate(self, batches: Batches) -> tuple[float, float]:
+    def evaluate(self, batches: Batches) -> tuple[Any, Any]:
         """Measure loss and accuracy."""
         return _evaluate(self.model, batches)
 
@@ -169,7 +206,7 @@ class MaskedLoop(FastLoop):
     def __init__(self, train: Examples, *, dropout_rate: float, **options: Any):
         super().__init__(train, dropout_rate=dropout_rate, **options)
         self.rate, self.targets = dropout_rate, self.labels
-        self.masks = [torch.ones(len(self.labels), width, device=self.device) for width in (256, 128, 64)]
+        self.masks = [torch.ones(len(self.labels), width, device=self.device) for width in HIDDEN]
         self.inputs = torch.empty_like(self.images)
 
     def epoch(self) -> float:
@@ -177,8 +214,7 @@ class MaskedLoop(FastLoop):
         if self.rate:
             for mask in self.masks:
                 draw(mask, self.rate)
-        order = torch.randperm(len(self.labels), device=self.device)
-        return self.train_on(order, self.masks).mean().item()
+        return self.train_on(self.order(), self.masks).mean().item()
 
     def train_on(self, order: torch.Tensor, masks: Iterable[torch.Tensor]) -> torch.Tensor:
         """Train on the examples in this order, with these masks; return the batches' losses."""
@@ -311,6 +347,24 @@ class HandLoop(MaskedLoop):
         return torch.dot(targets.view(-1), log_probs.view(-1))
 
 
+class BatchedLoop(FastLoop):
+    """`FastLoop` for many models in one step, with a dropout rate and an order of the data for each."""
+
+    network = BatchedMLP
+
+    def _loss(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return -self.model(images).gather(2, labels[..., None]).mean(dim=(1, 2))
+
+    def order(self) -> torch.Tensor:
+        """Shuffle the training set for each model."""
+        models = len(self.model.weights[0])
+        return torch.rand(models, len(self.labels), device=self.device).argsort(dim=1)
+
+    def prepare(self, batch: Examples, size: int = 2_000) -> Batches:
+        """Convert a data set for `evaluate`: the more models, the smaller the chunks, to save memory."""
+        return super().prepare(batch, max(1, min(size, 2**19 // len(self.model.weights[0]))))
+
+
 class GraphLoop(FastLoop):
     """On a GPU, `FastLoop` with a whole step recorded as a CUDA graph, which the host then launches as one.
 
@@ -322,7 +376,7 @@ class GraphLoop(FastLoop):
     def __init__(self, train: Examples, **options: Any):
         super().__init__(train, **options)
         before = copy.deepcopy(self.model.state_dict())
-        self.rows = torch.arange(self.batch_size, device=self.device)
+        self.rows = self.order()[..., : self.batch_size].clone()
         # What PyTorch sets up at first use must not be recorded.
         beside = torch.cuda.Stream()
         beside.wait_stream(torch.cuda.current_stream())
@@ -341,20 +395,25 @@ class GraphLoop(FastLoop):
 
     def step(self, rows: torch.Tensor) -> torch.Tensor:
         """Train for a step as `FastLoop` does: by the graph, or by itself where the batch is short."""
-        if len(rows) < self.batch_size:
+        if rows.shape[-1] < self.batch_size:
             return super().step(rows)
         self.rows.copy_(rows)
         self.graph.replay()
         return self.batch_loss.clone()
 
 
+class BatchedGraphLoop(GraphLoop, BatchedLoop):
+    """`BatchedLoop` as a CUDA graph."""
+
+
 @torch.no_grad()
-def _evaluate(model: nn.Module, batches: Batches) -> tuple[float, float]:
+def _evaluate(model: nn.Module, batches: Batches) -> tuple[Any, Any]:
     model.eval()
     losses, correct, n = [], [], 0
     for images, labels in batches:
         log_probs = model(images)
-        losses.append(nll_loss(log_probs, labels, reduction="sum"))
-        correct.append((log_probs.argmax(dim=1) == labels).sum())
+        losses.append(-log_probs[..., torch.arange(len(labels), device=labels.device), labels].sum(dim=-1))
+        correct.append((log_probs.argmax(dim=-1) == labels).sum(dim=-1))
         n += len(labels)
-    return sum(torch.stack(losses).tolist()) / n, sum(torch.stack(correct).tolist()) / n
+    loss, accuracy = (torch.stack(sums).double().sum(dim=0) / n for sums in (losses, correct))
+    return loss.tolist(), accuracy.tolist()

@@ -255,9 +255,13 @@ def teraflops(row: harness.Row) -> str:
     return f"{row['GFLOP/s'] / 1000:.3g}" if "GFLOP/s" in row else ""
 
 
-MANY = ("s per model and epoch", *(f"times {rival}" for rival in ("eager", "compiled, each core", "by hand, each core")))
-EACH_CORE = (f"PyTorch, {kind}, a process on each core" for kind in ("one compiled function a step", "gradients by hand"))
-MANY_CELLS = (seconds(3), faster("PyTorch, in memory, fused Adam", ".2f"), *(faster(name, ".2f") for name in EACH_CORE))
+MANY = ("s per model and epoch", "times eager", "times compiled, on each core", "times by hand, on each core")
+RIVALS = (
+    "PyTorch, in memory, fused Adam",
+    "PyTorch, one compiled function a step, a process on each core",
+    "PyTorch, gradients by hand, a process on each core",
+)
+MANY_CELLS = (seconds(3), *(faster(rival, ".2f") for rival in RIVALS))
 MEMORY = "JAX's peak on the device so far (MiB)"
 LAUNCHES = ("kernels a step", "launched by the host a step", "us a step and model")
 

@@ -16,7 +16,16 @@ import tyro
 
 from benchmarks import __main__ as all_benchmarks
 from benchmarks import ablation, fuzz, harness, lanes, reference, reproduce, throughput
-from benchmarks.reference import CompiledLoop, FastLoop, GraphLoop, HandLoop, MaskedLoop, TutorialLoop
+from benchmarks.reference import (
+    BatchedGraphLoop,
+    BatchedLoop,
+    CompiledLoop,
+    FastLoop,
+    GraphLoop,
+    HandLoop,
+    MaskedLoop,
+    TutorialLoop,
+)
 from fashion_jax import Batch, TrainConfig
 from fashion_jax.interop import from_torch
 from fashion_jax.train import Carry, Data, evaluate, init_state, train_step
@@ -79,13 +88,14 @@ def on_one_core(few, monkeypatch):
 @pytest.mark.parametrize("grid", [False, True])
 def test_many_models_race_those_of_pytorch(on_one_core, monkeypatch, tmp_path, grid):
     monkeypatch.setattr(lanes, "GRID", {"dropout_rate": (0.0, 0.2), "weight_decay": (0.0, 0.1)})
-    lanes.main(lanes.Flags(lanes=(2,), grid=grid, compile=False, repetitions=2, output=tmp_path))
+    lanes.main(lanes.Flags(lanes=(2,), grid=grid, compile=False, batched=True, repetitions=2, output=tmp_path))
     rows = json.loads((tmp_path / ("grid.json" if grid else "lanes.json")).read_text())["rows"]
     by_hand = ["PyTorch, gradients by hand", "PyTorch, gradients by hand, a process on each core"]
     eager = ["PyTorch, in memory, fused Adam", "PyTorch, the same, a process on each core"]
     models = dict.fromkeys(by_hand, 2) | {"sweep, 4 lanes": 4}
     if not grid:
-        models = dict.fromkeys(eager + by_hand, 2) | {"fit": 1, "sweep, 2 lanes": 2}
+        together = {"PyTorch, 2 models in one step": 2, "fit": 1, "sweep, 2 lanes": 2}
+        models = dict.fromkeys(eager + by_hand, 2) | together
     assert {row["program"]: row["models timed"] for row in rows} == models
     for row in rows:
         assert [len(row["seconds"]), min(row["seconds"]) > 0] == [2, True]
@@ -214,6 +224,58 @@ def test_masks_drop_units_at_the_rate_and_make_up_for_it(rate):
     dropped = (mask == 0).view(-1, 4).double()
     np.testing.assert_allclose(dropped.mean(dim=0), rate, atol=5 * (rate * (1 - rate) / len(dropped)) ** 0.5)
     np.testing.assert_allclose(dropped.T.corrcoef(), np.eye(4), atol=5 / len(dropped) ** 0.5)
+
+
+def test_each_of_many_models_in_a_step_is_as_if_trained_alone(few):
+    together = BatchedLoop(few.train, dropout_rate=[0.2] * 3, batch_size=20)
+    alone = [MaskedLoop(few.train, dropout_rate=0.2, batch_size=20) for _ in range(3)]
+    with torch.no_grad():
+        for i, loop in enumerate(alone):
+            linears = [layer for layer in loop.model.children() if isinstance(layer, torch.nn.Linear)]
+            for linear, weight, bias in zip(linears, together.model.weights, together.model.biases, strict=True):
+                linear.weight.copy_(weight[i].t())
+                linear.bias.copy_(bias[i, 0])
+    for loop in (together, *alone):
+        loop.model.double()
+        loop.images = loop.images.double()
+    for rows in together.order().split(20, dim=1):  # The last batch is short.
+        masks = [torch.empty(3, rows.shape[1], width).double().bernoulli_(0.8).div_(0.8) for width in (256, 128, 64)]
+        together.model.masks = lambda n, masks=masks: masks
+        steps = [(loop.images[order], loop.labels[order]) for loop, order in zip(alone, rows, strict=True)]
+        losses = [loop.masked_step(*steps[i], *(mask[i] for mask in masks)).item() for i, loop in enumerate(alone)]
+        np.testing.assert_allclose(together.step(rows), losses, rtol=1e-9)
+    batches = [(images.double(), labels) for images, labels in together.prepare(few.validation)]
+    expected = np.transpose([loop.evaluate(batches) for loop in alone])
+    np.testing.assert_allclose(together.evaluate(batches), expected, rtol=1e-9)
+
+
+def test_many_models_in_a_step_have_their_own_order_rate_and_weights(few):
+    rates = [0.0, 0.2, 0.5]
+    loop = BatchedLoop(few.train, dropout_rate=rates, batch_size=20)
+    orders = loop.order()
+    np.testing.assert_array_equal(orders.sort(dim=1).values, [range(50)] * 3)
+    assert len(orders.unique(dim=0)) == 3
+    assert [len(weight.unique(dim=0)) for weight in loop.model.weights] == [3] * 4
+    for mask in loop.model.masks(1_000):
+        for kept, rate in zip(mask, rates, strict=True):
+            np.testing.assert_allclose(kept.unique(), [0, 1 / (1 - rate)] if rate else [1], rtol=1e-6)
+            atol = 5 * (rate * (1 - rate) / kept.numel()) ** 0.5
+            np.testing.assert_allclose((kept == 0).double().mean(), rate, atol=atol)
+    first, second = loop.epoch(), loop.epoch()
+    assert np.all(np.array(second) < first)
+    assert np.shape(first) == (3,)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
+def test_a_recorded_step_of_many_models_is_a_step_of_them(few):
+    recorded, eager = (
+        kind(few.train, dropout_rate=[0.0] * 3, batch_size=20, device="cuda")
+        for kind in (BatchedGraphLoop, BatchedLoop)
+    )
+    eager.model.load_state_dict(recorded.model.state_dict())
+    for _ in range(3):
+        for rows in eager.order().split(20, dim=1):
+            np.testing.assert_allclose(recorded.step(rows).cpu(), eager.step(rows).cpu(), rtol=1e-4)
 
 
 @pytest.mark.parametrize("step", reproduce.STEPS)
