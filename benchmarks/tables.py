@@ -333,7 +333,7 @@ TABLES: dict[str, Callable[[], str]] = {
         key="phase",
     ),
     "saving": lambda: table(
-        "saving", AMD, ("s: median (min-max)", "added"), (seconds(2), ("share added (median)", "+.1%"))
+        "saving", ("Intel",), ("s: median (min-max)", "added"), (seconds(2), ("share added (median)", "+.1%"))
     ),
     "race on a GPU": race_on_a_gpu,
     "lanes on a GPU": lambda: table(
