@@ -8,10 +8,8 @@ from fashion_jax.types import Batch, Run, Splits
 
 # PyTorch's threads spin while they wait for each other: beside another worker, longer than they work.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Tests compile for longer than they compute, and half as long without LLVM's optimization and by XLA's older emitters,
-# which JAX 0.11 no longer has. CI tests what users run.
-OLDER = " --xla_cpu_use_fusion_emitters=false" if jax.__version_info__ < (0, 11) else ""
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0" + OLDER)
+# Tests compile for longer than they compute, and a third less without LLVM's optimization. CI tests what users run.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 # Loggers report to nobody but the test.
 os.environ |= {"WANDB_MODE": "offline", "WANDB_ERROR_REPORTING": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
 
