@@ -263,7 +263,7 @@ def save(figure: "matplotlib.figure.Figure", path: str | os.PathLike[str], *, dp
         figure: Any matplotlib Figure.
         path: Where to; an existing file is replaced.
         dpi: Pixels per inch.
-        note: Small text above the figure, such as `report.machine`.
+        note: Small text above the figure, such as `report.machine`; a sheet of `samples` has no room for it.
 
     Raises:
         ValueError: The suffix names no format.
@@ -278,7 +278,7 @@ def save(figure: "matplotlib.figure.Figure", path: str | os.PathLike[str], *, dp
     """
     target = _checks.path("path", path)
     content = io.BytesIO()
-    if note:
+    if note and figure.get_layout_engine():
         figure.suptitle(note, fontsize=7, x=0.99, horizontalalignment="right", alpha=0.7, parse_math=False)
     figure.savefig(content, format=target.suffix[1:], dpi=dpi)
     files.write(target, content.getvalue())

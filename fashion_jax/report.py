@@ -22,7 +22,7 @@ from fashion_jax.statistics import MOST_SEEDS, Interval, Verdict
 from fashion_jax.types import History, Metrics
 
 # Flags about files, on which no result depends.
-PLACES = ("checkpoint", "data_dir", "format", "log", "output")
+PLACES = ("cache", "checkpoint", "data_dir", "format", "log", "output")
 
 
 def environment() -> dict[str, Any]:

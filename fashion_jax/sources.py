@@ -56,7 +56,7 @@ def read_idx(path: str | os.PathLike[str]) -> UInt8[np.ndarray, "..."]:
 
 
 def cache_dir(name: str = "fashion_mnist") -> Path | None:
-    """Return the user's cache of a data set; None without a home directory.
+    """Return the user's cache of a data set, or of compiled "programs"; None without a home directory.
 
     Fashion-MNIST's is $XDG_CACHE_HOME/fashion_jax or ~/.cache/fashion_jax, the others have directories inside.
     """

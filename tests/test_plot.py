@@ -72,6 +72,9 @@ def test_the_tutorial_s_panels_stand_above_fair_ones(tmp_path):
     labels = [axes.get_ylabel() for axes in figure.axes]
     assert labels == ["loss (nats)", "", "loss (nats), mean ± std of 3 seeds", ""]
     assert figure.get_suptitle() == "a machine, $5"
+    sheet = plot.samples(np.zeros((4, 28, 28), np.uint8))
+    plot.save(sheet, tmp_path / "sheet.png", note="a machine")
+    assert sheet.get_suptitle() == ""  # It would lie over the images.
 
 
 def test_overlay_draws_means_over_single_seeds():
