@@ -376,20 +376,18 @@ def test_a_user_s_error_is_one_line_and_ours_keeps_its_traceback(monkeypatch, ca
     assert not status or (ended.value.code, caplog.messages) == (status, [line])
 
 
-def test_compiled_programs_are_kept_where_jax_has_a_plugin(tmp_path):
+@pytest.mark.parametrize(
+    ("plugins", "named", "kept"),
+    [("", "", ""), ("plugin = plugin", "", "fashion_jax/programs"), ("plugin = plugin", "mine", "mine")],
+)
+def test_compiled_programs_are_kept_where_jax_has_a_plugin(tmp_path, plugins, named, kept):
     """JAX calls its support of GPUs and TPUs plugins."""
     code = "import jax; from fashion_jax.script import _keep_programs as keep; "
-    code += "keep(); print(jax.config.jax_compilation_cache_dir)"
-    command, plugin = [sys.executable, "-c", code], tmp_path / "plugin-1.0.dist-info"
-    plugin.mkdir()
-    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(tmp_path)}
-    for accelerators, kept in (
-        ("", "None"),
-        ("[jax_plugins]\nplugin = plugin", str(tmp_path / "fashion_jax/programs")),
-    ):
-        (plugin / "METADATA").write_text("Name: plugin\nVersion: 1.0")
-        (plugin / "entry_points.txt").write_text(accelerators)
-        printed = subprocess.run(
-            command, env=environment, check=True, capture_output=True, text=True, timeout=60
-        ).stdout
-        assert printed.strip() == kept
+    code += "keep(); print(jax.config.jax_compilation_cache_dir or '')"
+    (plugin := tmp_path / "plugin-1.0.dist-info").mkdir()
+    (plugin / "METADATA").write_text("Name: plugin\nVersion: 1.0")
+    (plugin / "entry_points.txt").write_text(f"[jax_plugins]\n{plugins}")
+    places = {"XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(tmp_path), "JAX_COMPILATION_CACHE_DIR": named}
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, env=os.environ | places, check=True, capture_output=True, text=True, timeout=60)
+    assert run.stdout.strip() == (str(tmp_path / kept) if "/" in kept else kept)

@@ -78,15 +78,15 @@ def test_no_number_of_images_or_samples_and_no_rate_compiles_again(params, image
 
 
 def test_lane_axes_stay_in_front(params, images):
-    key = jax.random.key(1)
+    key, options = jax.random.key(1), MC | {"samples": 2}
     lanes = [params, init_state(key).params, jax.tree.map(jnp.zeros_like, params)]
     stacked = jax.tree.map(lambda *leaves: np.stack(leaves)[None], *lanes)
-    images = images[:35]
-    probabilities, drawn = predict(stacked, images), predict_mc(stacked, images, **MC)
-    assert probabilities.shape == drawn.std.shape == (1, 3, 35, 10)
+    images = images[: SIZES[-1] + 3]  # Two chunks.
+    probabilities, drawn = predict(stacked, images), predict_mc(stacked, images, **options)
+    assert probabilities.shape == drawn.std.shape == (1, 3, len(images), 10)
     for i, lane in enumerate(lanes):
         close(probabilities[0, i], predict(lane, images))
-        close(jax.tree.map(lambda leaf, i=i: leaf[0, i], drawn), predict_mc(lane, images, **MC))
+        close(jax.tree.map(lambda leaf, i=i: leaf[0, i], drawn), predict_mc(lane, images, **options))
 
 
 def test_monte_carlo_is_a_loop_over_thinned_networks(params, images):
