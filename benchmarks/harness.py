@@ -181,7 +181,7 @@ def environment() -> Row:
 def default_output() -> Path:
     """Return the folder of a record made now, named by date and device."""
     about = report.environment()
-    cpu = f"{about['processor']} {about['threads']} cores"
+    cpu = f"{about['processor']} {about['threads']} {'cores' if about['threads'] > 1 else 'core'}"
     # Vendors write "Intel(R) Xeon(R) Processor".
     device = (cpu if about["platform"] == "cpu" else about["devices"][0]).lower()
     slug = re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)|\b(processor|cpu)\b", " ", device)).strip("-")
