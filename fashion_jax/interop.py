@@ -270,7 +270,7 @@ def torch_adam(
     """Build Adam with exact bias corrections, for comparisons with PyTorch in float32 step by step.
 
     `optax.adam` computes 1 - b2**t in float32, which is off by 1.3e-5 in the first steps, and divides every moment by
-    such a number. Here both are factors of a step: two divisions of three are saved, 6% of an epoch on two cores.
+    such a number. Here both are factors of a step: two divisions of three are saved, 4% of an epoch on two cores.
 
     Source: Kingma and Ba, "Adam: A Method for Stochastic Optimization", ICLR 2015, algorithm 1 in the more efficient
     order that follows it.
