@@ -108,6 +108,7 @@ warnings.filterwarnings("error")
 warnings.filterwarnings("ignore", "only soft file lock")
 import jax, numpy as np
 from fashion_jax import Batch, FashionMLP, TrainConfig, fit
+jax.config.update("jax_enable_compilation_cache", False)  # It has a lock of its own.
 data = Batch(np.zeros((100, 28, 28), np.uint8), np.arange(100) % 10)
 def train():
     threading.main_thread().join()

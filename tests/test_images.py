@@ -3,7 +3,6 @@
 import struct
 import zlib
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
@@ -11,7 +10,6 @@ from PIL.Image import Resampling, Transpose
 
 from fashion_jax.images import MAX_PIXELS, read_folder, read_image
 from fashion_jax.inference import predict
-from fashion_jax.train import fit
 
 # What turns the upright picture into what a camera with this orientation stores.
 STORED = {
@@ -66,11 +64,6 @@ def photograph(image, rng, *, shade=255, depth=-1.0, size=400, dim=1.0, corners=
     return Image.fromarray((levels + rng.normal(0, noise, levels.shape)).round().clip(0, 255).astype(np.uint8))
 
 
-@pytest.fixture(scope="module")
-def params(splits):
-    return fit(*splits, key=jax.random.key(0), dropout_rate=0.2, epochs=3).best.params
-
-
 @DOUBTFUL
 @pytest.mark.parametrize(
     ("count", "conditions", "suffix"),
@@ -83,11 +76,11 @@ def params(splits):
         (25, {"depth": -0.3, "noise": 4, "dim": 0.78}, ".png"),
     ],
 )
-def test_photographs_are_classified_like_their_images(tmp_path, splits, params, count, conditions, suffix):
+def test_photographs_are_classified_like_their_images(tmp_path, splits, trained, count, conditions, suffix):
     rng, (images, labels) = np.random.default_rng(0), (leaf[:count] for leaf in splits.test)
     options = {"quality": 30} if suffix == ".jpg" else {"compress_level": 0}
     taken = [read(tmp_path, photograph(image, rng, **conditions), suffix, **options) for image in images]
-    of_images, of_photographs = (predict(params, np.stack(x)).argmax(1) for x in (images, taken))
+    of_images, of_photographs = (predict(trained.best.params, np.stack(x)).argmax(1) for x in (images, taken))
     right, wanted = np.mean(of_photographs == labels), np.mean(of_images == labels)
     # Three standard errors of the difference, if one prediction of ten is another: each machine trains its own network.
     assert right >= wanted - 3 * np.sqrt(0.1 / count), (right, wanted)
