@@ -248,17 +248,20 @@ def finite(name: str, runs: np.ndarray) -> None:
         raise ValueError(f"{name} holds numbers that are not finite{where}")
 
 
-def epoch(history: History, axes: Mapping[str, Sequence[Any]], *, stopped: np.ndarray) -> None:
-    """Warn of the runs that have diverged in the last epoch; raise FloatingPointError if no other is left.
+def epoch(history: History, axes: Mapping[str, Sequence[Any]]) -> None:
+    """Warn of runs that have diverged or stopped learning; raise FloatingPointError if all have diverged.
 
     Args:
         history: Leaves [lanes, epochs].
         axes: Those of the lanes.
-        stopped: Whether the parameters changed until then and have not in this epoch, which is warned of too.
     """
     diverged, number = np.isnan(history.running_loss[:, -1]), history.running_loss.shape[1]
-    if (stopped & ~diverged).any():
-        warnings.warn(f"no step of epoch {number} changed the parameters: has a schedule ended?", stacklevel=5)
+    seen = evaluated(history)[-3:]
+    losses = np.stack([history.train.loss, history.validation.loss])[..., seen - 1]
+    # The same parameters have the same losses, to the last bit.
+    same = (np.diff(losses) == 0).all(axis=0)
+    if number in seen and (same[:, -1:] & ~same[:, :-1].any(axis=1, keepdims=True)).any():
+        warnings.warn(f"the parameters have not changed since epoch {seen[-2]}: has a schedule ended?", stacklevel=5)
     new = diverged & ~np.isnan(history.running_loss[:, :-1]).any(axis=1)
     if not new.any():
         return

@@ -6,8 +6,8 @@ processes each one calls its callbacks; those of this module write in the first 
 >>> import tempfile, jax
 >>> from fashion_jax import Batch, fit
 >>> data, path = Batch(np.zeros((100, 28, 28), np.uint8), np.arange(100) % 10), tempfile.mkdtemp() + "/log.jsonl"
->>> callbacks = [Progress(sys.stdout), JsonLines(path, seed=7), EarlyStopping(patience=1)]
->>> run = fit(data, data, key=jax.random.key(7), learning_rate=0.0, callbacks=callbacks)  # doctest: +ELLIPSIS
+>>> callbacks = [Progress(sys.stdout), JsonLines(path, seed=7), EarlyStopping(patience=1, min_delta=1.0)]
+>>> run = fit(data, data, key=jax.random.key(7), callbacks=callbacks)  # doctest: +ELLIPSIS
 epoch 1/30: training loss 2.3..., validation loss 2.3..., accuracy 0.1000
 epoch 2/30: training loss 2.3..., validation loss 2.3..., accuracy 0.1000
 >>> read_json_lines(path)[1]["validation_loss"] == run.history.validation.loss[1]

@@ -219,18 +219,18 @@ def _run_epochs(runs: Lanes, carry: Carry, store: Any, epochs: int, callbacks, a
         logger.info("resuming after epoch %d of %d", saved, epochs)
     try:
         # The callback that ended a run ends it again.
-        epoch, ended, moved = saved, 0 < saved < epochs and report(saved), np.False_
+        epoch, ended = saved, 0 < saved < epochs and report(saved)
         while epoch < epochs and not ended:
             epoch += 1
             evaluated = np.bool_(epoch % runs.config.evaluate_every == 0 or epoch == epochs)
-            carry, *measured = runs.map(_epoch, progress[0], (np.int32(epoch), evaluated))
-            row, moves = runs.fetch(measured)
+            carry, measured = runs.map(_epoch, progress[0], (np.int32(epoch), evaluated))
+            row = runs.fetch(measured)
             if not evaluated:
                 on_train, on_validation = jax.tree.map(lambda leaf: leaf * np.nan, (row.train, row.validation))
                 row = row._replace(train=on_train, validation=on_validation)
             history = jax.tree.map(lambda so_far, new: np.c_[so_far, new], progress[1], row)
-            _checks.epoch(history, axes, stopped=moved & ~moves)
-            progress, moved = (carry, history), moves
+            _checks.epoch(history, axes)
+            progress = (carry, history)
             ended = report(epoch)
             save()
     except KeyboardInterrupt:
@@ -247,11 +247,8 @@ def _start(key, numbers, carry: None, turn: None, data: Data, *, config: TrainCo
     return init_state(key, config=config, image_shape=data.train.images.shape[1:], **numbers)
 
 
-def _epoch(key, numbers, carry: Carry, turn, data: Data, *, config: TrainConfig) -> tuple[Carry, History, Any]:
-    """Train one run for one epoch and evaluate it if due; also return whether its parameters changed.
-
-    A run whose losses are not finite stays where it was.
-    """
+def _epoch(key, numbers, carry: Carry, turn, data: Data, *, config: TrainConfig) -> tuple[Carry, History]:
+    """Train one run for one epoch and evaluate it if due; one whose losses are not finite stays where it was."""
     epoch, evaluated = turn
     state, steps = train_epoch(carry.state, data.train, key, config=config, **numbers)
     params = state.params if config.eval_params is None else config.eval_params(state.opt_state, state.params)
@@ -274,9 +271,7 @@ def _epoch(key, numbers, carry: Carry, turn, data: Data, *, config: TrainConfig)
     state = jax.lax.cond(finite, lambda: state, lambda: carry.state)
     best = jax.lax.cond(better, lambda: candidate._replace(loss=on_validation.loss), lambda: carry.best)
     history = History(loss, on_train, on_validation, others)
-    moved = jax.tree.map(lambda new, old: jnp.any(new != old), state.params, carry.state.params)
-    history = jax.tree.map(lambda leaf: jnp.where(finite, leaf, jnp.nan), history)
-    return Carry(state, best), history, jnp.any(jnp.array(jax.tree.leaves(moved)))
+    return Carry(state, best), jax.tree.map(lambda leaf: jnp.where(finite, leaf, jnp.nan), history)
 
 
 def _reshape(tree: Any, axes: Mapping[str, Sequence[Any]]) -> Any:
