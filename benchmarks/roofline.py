@@ -13,12 +13,13 @@ import optax
 
 from benchmarks import harness
 from fashion_jax import FashionMLP, TrainConfig, model
+from fashion_jax.devices import COMPILER_OPTIONS
 from fashion_jax.train import evaluate, init_state, train_epoch, train_step
 
 WIDTHS = (784, *FashionMLP().hidden, 10)
 WHOLE, PRODUCTS = "training epoch, whole", "all matrix products, alone"
 # XLA hands to this library those products that come in a layout which it knows, and computes the others itself.
-WITHOUT_YNNPACK: dict[str, Any] = {"xla_cpu_experimental_ynn_fusion_type": ""}
+WITHOUT_YNNPACK: dict[str, Any] = COMPILER_OPTIONS | {"xla_cpu_experimental_ynn_fusion_type": ""}
 # Dropout with the same "random" numbers everywhere.
 NO_RANDOM_NUMBERS = (model, "uniform", lambda key, shape: jnp.full(shape, 0.5))
 
@@ -92,10 +93,10 @@ def main(flags: Flags) -> None:
     def ready(program: Callable[..., Any], *arguments: Any, **options: Any) -> Callable[[], Any]:
         return lambda: jax.block_until_ready(program(*arguments, **options))
 
-    def epoch(config: TrainConfig = config, program: Callable[..., Any] = train_epoch, **options: Any):
+    def epoch(config: TrainConfig = config, program: Callable[..., Any] = train_epoch, options: Any = COMPILER_OPTIONS):
         arguments, numbers = (init_state(key, config=config), train, key), {"dropout_rate": 0.2, "learning_rate": 0.003}
         lowered = jax.jit(partial(program, config=config)).lower(*arguments, **numbers)
-        return ready(lowered.compile(**options), *arguments, **numbers)
+        return ready(lowered.compile(options), *arguments, **numbers)
 
     programs = {
         WHOLE: epoch(),
@@ -105,7 +106,7 @@ def main(flags: Flags) -> None:
     with harness.replaced(NO_RANDOM_NUMBERS):
         programs["without dropout's random numbers"] = epoch()
     if jax.default_backend() == "cpu":
-        programs["with no matrix product handed to YNNPACK"] = epoch(compiler_options=WITHOUT_YNNPACK)
+        programs["with no matrix product handed to YNNPACK"] = epoch(options=WITHOUT_YNNPACK)
     flop = {WHOLE: sum(flop_of_an_epoch(n)), PRODUCTS: sum(flop_of_an_epoch(n))}
     x, *deltas = (jnp.ones((flags.batch_size, width)) for width in WIDTHS)
     weights = [jnp.full(shape, 0.01) for shape in itertools.pairwise(WIDTHS)]

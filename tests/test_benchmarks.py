@@ -26,7 +26,7 @@ from benchmarks.reference import (
     MaskedLoop,
     TutorialLoop,
 )
-from fashion_jax import Batch, TrainConfig
+from fashion_jax import Batch, FashionMLP, TrainConfig
 from fashion_jax.interop import from_torch
 from fashion_jax.train import Carry, Data, evaluate, init_state, train_step
 from fashion_jax.types import Best
@@ -64,7 +64,7 @@ def few(small) -> Data:
 
 
 def test_a_turn_is_an_epoch_and_its_evaluations(few):
-    config, evaluated = TrainConfig(batch_size=20), []
+    config, evaluated = TrainConfig(model=FashionMLP(hidden=(16,)), batch_size=20), []
     loop = FastLoop(few.train, dropout_rate=0.2, batch_size=20)
     steps, fit, by_torch = throughput.JaxSteps(config, few), throughput.JaxFit(config, few), throughput.Torch(loop, few)
     loop.evaluate = lambda batches: evaluated.append(sum(len(labels) for _, labels in batches))
