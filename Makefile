@@ -26,12 +26,10 @@ compare: $(INSTALLED) data
 data: $(INSTALLED)
 	sh scripts/get_data.sh $(BIN)/python >/dev/null
 
-# Tests compile for longer than they compute, so what is compiled stays here for the next run. JAX takes these programs
-# for another machine's and prints errors: github.com/jax-ml/jax/issues/38445.
+# Tests compile for longer than they compute, so what is compiled stays here for the next run.
 test: export JAX_COMPILATION_CACHE_DIR := $(CURDIR)/$(VENV)/programs
 test: export JAX_COMPILATION_CACHE_MAX_SIZE := 500000000
 test: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS := 0.1
-test: export TF_CPP_MIN_LOG_LEVEL := 3
 test: $(TEST) data
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 

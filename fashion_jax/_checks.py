@@ -258,10 +258,10 @@ def epoch(history: History, axes: Mapping[str, Sequence[Any]]) -> None:
     diverged, number = np.isnan(history.running_loss[:, -1]), history.running_loss.shape[1]
     seen = evaluated(history)[-3:]
     losses = np.stack([history.train.loss, history.validation.loss])[..., seen - 1]
-    # The same parameters have the same losses, to the last bit.
+    # Parameters that no step has changed have the same losses, to the last bit.
     same = (np.diff(losses) == 0).all(axis=0)
     if number in seen and (same[:, -1:] & ~same[:, :-1].any(axis=1, keepdims=True)).any():
-        warnings.warn(f"the parameters have not changed since epoch {seen[-2]}: has a schedule ended?", stacklevel=5)
+        warnings.warn(f"the losses have not changed since epoch {seen[-2]}: has a schedule ended?", stacklevel=5)
     new = diverged & ~np.isnan(history.running_loss[:, :-1]).any(axis=1)
     if not new.any():
         return

@@ -92,8 +92,11 @@ def test_an_evaluation_left_out_changes_nothing_but_the_history(data, tmp_path, 
 
 
 def test_early_stopping_waits_for_evaluations(data):
-    config, stop = TrainConfig(model=MODEL, evaluate_every=2), EarlyStopping(patience=2, min_delta=9.0)
-    run = fit(*data, config=config, epochs=20, callbacks=[stop], **OPTIONS)
+    """With learning rate 0, the first evaluation stays the best."""
+    config, numbers = TrainConfig(model=MODEL, evaluate_every=2), OPTIONS | {"learning_rate": 0.0}
+    with pytest.warns(match="the losses have not changed since epoch 2") as told:
+        run = fit(*data, config=config, epochs=20, callbacks=[EarlyStopping(patience=2)], **numbers)
+    assert len(told) == 1
     assert run.history.running_loss.shape == (6,)
 
 
@@ -133,8 +136,11 @@ def test_a_schedule_that_has_ended_is_told(data):
 
     config = TrainConfig(model=MODEL, optimizer=optimizer)
     fit(*data, config=config, epochs=2, **OPTIONS)
-    with pytest.warns(UserWarning, match="the parameters have not changed since epoch 2: has a schedule ended") as told:
+    with pytest.warns(UserWarning, match="the losses have not changed since epoch 2: has a schedule ended") as told:
         fit(*data, config=config, epochs=4, **OPTIONS)
+    assert len(told) == 1
+    with pytest.warns(UserWarning, match="have not changed since epoch 1") as told:
+        sweep(*data, config=TrainConfig(model=MODEL), seeds=[0], epochs=3, learning_rate=(0.01, 0.0))
     assert len(told) == 1
 
 

@@ -113,7 +113,7 @@ def test_an_nnx_network_has_flax_own_dropout_at_a_fixed_rate_only(data):
         def __init__(self, *, rngs):
             super().__init__(0.5, rngs=rngs)
 
-    with pytest.warns(match="the parameters have not changed since epoch 1"):
+    with pytest.warns(match="the losses have not changed since epoch 1"):
         run = fit(*data, key=KEY, config=TrainConfig(model=from_nnx(Fixed)), epochs=2, learning_rate=0.0)
     assert run.history.running_loss[0] != run.history.running_loss[1]
     with pytest.raises(TypeError, match=r"must take rate traced; use the Dropout of fashion_jax or fashion_jax\.nnx"):
