@@ -135,7 +135,7 @@ def _parse(content: bytes, origin: str) -> np.ndarray:
 
 
 def _as_idx(array: Any) -> bytes:
-    return bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes() + array.astype(np.uint8).tobytes()
+    return bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes() + np.asarray(array, np.uint8).tobytes()
 
 
 def _verified(data_set: DataSet, name: str, array: np.ndarray, origin: str, gzipped: bytes | None = None) -> np.ndarray:
