@@ -3,6 +3,8 @@
 Usage: sweep_worker.py OPTIONS, the arguments of `main` as JSON.
 """
 
+import contextlib
+import functools
 import itertools
 import json
 import logging
@@ -46,26 +48,24 @@ def equal(first, second) -> None:
 
 def run(*options: dict) -> list[subprocess.CompletedProcess]:
     """Start a process for each, and wait for all. Sets are ordered differently in each."""
-    started = []
-    try:
+    with contextlib.ExitStack() as stack:
+        started = []
         for number, own in enumerate(options, start=1):
             environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONHASHSEED": str(number)}
             command = [sys.executable, __file__, json.dumps(own, default=str)]
             pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-            started.append(subprocess.Popen(command, cwd=ROOT, env=environment, **pipes))
+            started.append(stack.enter_context(subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)))
+            stack.callback(started[-1].kill)
         outputs = [process.communicate(timeout=300) for process in started]
-        pairs = zip(started, outputs, strict=True)
-        return [subprocess.CompletedProcess(process.args, process.returncode, *output) for process, output in pairs]
-    finally:
-        for process in started:
-            process.kill()
-            process.wait()
+    pairs = zip(started, outputs, strict=True)
+    return [subprocess.CompletedProcess(process.args, process.returncode, *output) for process, output in pairs]
 
 
-def main(*, data, arguments, output=None, cpus=1, use=(0, None), machines=(), die_in="", die_at=0) -> None:
-    """Train on the arrays in a file, and die at a call of `report` ("epoch") or of a function of `os`.
+def main(*, data, arguments, output=None, cpus=1, use=(0, None), machines=(), longer=0, die_in="", die_at=0) -> None:
+    """Train on the arrays in a file, and die at a call of a callback ("epoch") or of a function of `os`.
 
-    `use` is a slice of the devices; `machines` are the arguments of `join_machines`.
+    `use` is a slice of the devices; `machines` are the arguments of `join_machines`. When the result is written, a
+    `longer` run follows.
     """
     jax.config.update("jax_num_cpu_devices", cpus)
     if machines:
@@ -73,29 +73,27 @@ def main(*, data, arguments, output=None, cpus=1, use=(0, None), machines=(), di
         devices.join_machines(*machines)
     with np.load(data) as file:
         arrays = [file[name] for name in file.files]
-    calls, real = itertools.count(1), getattr(os, die_in, print)
+    calls, real = itertools.count(1), getattr(os, die_in, lambda end: None)
 
     def die(*given, **named):
         if next(calls) == die_at:
             os.kill(os.getpid(), signal.SIGKILL)
         return real(*given, **named)
 
-    def report(end):
-        if die_in == "epoch" and next(calls) == die_at:
-            # As abrupt, four milliseconds later: while it saves, or trains.
-            signal.setitimer(signal.ITIMER_REAL, 0.004)
-
     if hasattr(os, die_in):
         setattr(os, die_in, die)
-    options = {"config": LINEAR, "callbacks": [report], **arguments}
+    options = {"config": LINEAR, "callbacks": [die] if die_in == "epoch" else [], **arguments}
     if "seeds" in arguments:
         options["devices"] = jax.devices()[slice(*use)]
     else:
         options["key"] = jax.random.key(options["key"])
-    result = (sweep if "seeds" in arguments else fit)(Batch(*arrays[:2]), Batch(*arrays[2:]), **options)
+    train = functools.partial(sweep if "seeds" in arguments else fit, Batch(*arrays[:2]), Batch(*arrays[2:]), **options)
+    result = train()
     if output:
         np.savez(output, *leaves(result))
     print(f"{jax.process_count()} processes, {jax.device_count()} devices", flush=True)
+    if longer:
+        train(epochs=longer)
 
 
 if __name__ == "__main__":

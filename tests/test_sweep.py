@@ -2,12 +2,10 @@
 
 import functools
 import itertools
-import re
+import signal
 import socket
 import types
-import warnings
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,13 +16,11 @@ from sweep_worker import CONFIG, LINEAR, equal, leaves, parts, same
 
 from fashion_jax import FashionMLP, TrainConfig
 from fashion_jax.devices import _map, lanes_that_fit
-from fashion_jax.model import Dropout
-from fashion_jax.steps import init_state
 from fashion_jax.train import fit, sweep
-from fashion_jax.types import Batch, Run
+from fashion_jax.types import Run
 
-GRID = {"dropout_rate": (0.0, 0.2), "learning_rate": (1e-3, 3e-3, 1e-2), "weight_decay": (0.0, 0.1)}
-OPTIONS = {"config": CONFIG, "seeds": (5, 0)}
+GRID = {"dropout_rate": (0.0, 0.2), "learning_rate": (1e-3, 3e-3, 1e-2)}
+NUMBERS = GRID | {"weight_decay": 0.1}
 # In another layout, losses after eight steps differ by 3e-7; lanes of other numbers by 1e-3. Parameters differ by 6e-5:
 # where a gradient is all but 0, Adam divides rounding by rounding, and a step is as large as the learning rate, 1e-2.
 LOSSES, PARAMETERS = {"rtol": 1e-4, "atol": 1e-5}, {"rtol": 1e-4, "atol": 2e-3}
@@ -38,7 +34,7 @@ def data(small, splits):
 @pytest.fixture(scope="module")
 def grid(data):
     before = _map._cache_size()
-    result = sweep(*data, **OPTIONS, epochs=2, **GRID)
+    result = sweep(*data, config=CONFIG, seeds=(5, 0), epochs=2, **NUMBERS)
     # One program draws initial parameters, and one trains for an epoch.
     assert _map._cache_size() == before + 2
     return result
@@ -51,165 +47,91 @@ def close(first, second):
 
 
 def test_each_lane_is_a_run(data, grid):
-    before, losses = _map._cache_size(), []
-    for *values, seed in itertools.product(*GRID.values(), OPTIONS["seeds"]):
+    losses = []
+    for *values, seed in itertools.product(*GRID.values(), (5, 0)):
         numbers = dict(zip(GRID, values, strict=True))
-        run = fit(*data, key=jax.random.key(seed), config=CONFIG, epochs=2, **numbers)
+        run = fit(*data, key=jax.random.key(seed), config=CONFIG, epochs=2, **NUMBERS | numbers)
         # On a CPU one lane follows the other, as in `fit`.
         (equal if jax.default_backend() == "cpu" else close)(run, grid.at(**numbers, seed=seed))
         losses.append(run.history.running_loss)
-    assert _map._cache_size() <= before + 2
     apart = np.abs(np.subtract.outer(losses, losses)).max(axis=(1, 3))
-    assert apart[~np.eye(24, dtype=bool)].min() > 10 * LOSSES["atol"]
+    assert apart[~np.eye(12, dtype=bool)].min() > 10 * LOSSES["atol"]
 
 
-def test_axes_keep_their_order_and_seeds_come_last(data, grid):
+def test_axes_keep_their_order_in_results_and_reports_and_seeds_come_last(data, grid):
     assert list(grid.axes.items()) == [*GRID.items(), ("seed", (5, 0))]
-    assert {leaf.shape[:4] for leaf in leaves(grid)} == {(2, 3, 2, 2)}
-    again = sweep(*data, **OPTIONS, epochs=2, **dict(reversed(GRID.items())))
-    assert list(again.axes) == ["weight_decay", "learning_rate", "dropout_rate", "seed"]
-    equal(again.at(learning_rate=3e-3, weight_decay=0.1), grid.at(learning_rate=3e-3, weight_decay=0.1))
-
-
-def test_reports_have_the_axes_of_the_result(data, grid):
-    ends, numbers = [], GRID | {"weight_decay": 0.1}
+    assert {leaf.shape[:3] for leaf in leaves(grid)} == {(2, 3, 2)}
+    ends, options = [], {"config": CONFIG, "seeds": iter((5, 0)), "epochs": 5}
     callbacks = [lambda end: end.epoch == 2, ends.append]
-    result = sweep(*data, config=CONFIG, seeds=iter(range(4)), epochs=5, **numbers, callbacks=callbacks)
+    result = sweep(*data, **options, callbacks=callbacks, **dict(reversed(NUMBERS.items())))
+    assert list(result.axes) == ["learning_rate", "dropout_rate", "seed"]
+    equal(result.at(learning_rate=3e-3, dropout_rate=0.2), grid.at(learning_rate=3e-3, dropout_rate=0.2))
     assert [end.epoch for end in ends] == [1, 2]
     assert (ends[0].axes, ends[0].hyperparameters) == (result.axes, {"weight_decay": 0.1})
-    assert len(ends[0].rows()) == 24
-    for i, end in enumerate(ends):
-        for name, curve in result.history.curves().items():
-            np.testing.assert_array_equal(end.history.curves()[name], curve[..., : i + 1])
+    assert len(ends[0].rows()) == 12
+    for end in ends:
+        same(end.history, jax.tree.map(lambda leaf, end=end: leaf[..., : end.epoch], result.history))
     same(ends[1].fetch_state(), result.state)
 
 
-class Masked(nn.Module):
-    """Two layers with a rate each. It shows the units that were kept: those whose weights a step has changed."""
+def test_runs_that_diverge_stay_at_their_last_good_epoch_and_leave_the_others(data):
+    """From some step on their updates are NaN; an epoch has four."""
 
-    first: float | jax.Array = 0.0
-    second: float | jax.Array = 0.0
+    def breaking(at):
+        return optax.scale_by_schedule(lambda count: jnp.where(count < at, -0.1, jnp.nan))
 
-    @nn.compact
-    def __call__(self, images, *, deterministic):
-        weights, ones = self.param("weights", nn.initializers.normal(), (2, 400)), jnp.ones((len(images), 400))
-        kept = [Dropout(rate)(ones, deterministic=deterministic) for rate in (self.first, self.second)]
-        return nn.log_softmax(jnp.pad((kept[0] @ weights[0] + kept[1] @ weights[1])[:, None], ((0, 0), (0, 9))))
-
-
-def test_layers_have_their_own_rates_and_runs_of_a_seed_share_all_draws(data):
-    one, rates = Batch(data[0].images[:1], data[0].labels[:1] * 0), (0.2, 0.5, 0.8)
-    options = {"config": TrainConfig(model=Masked(), optimizer=optax.sgd), "epochs": 1, "learning_rate": 1.0}
-    result = sweep(one, one, **options, seeds=[1, 2], first=rates, second=rates)
-    states = [init_state(jax.random.key(seed), config=options["config"]) for seed in (1, 2)]
-    start = np.stack([state.params["weights"] for state in states])
-    assert (start[0] != start[1]).mean() > 0.99
-    # Units kept, [first rate, second rate, seed, layer, unit]; the other layer's rate does not matter.
-    kept = result.state.params["weights"] != start
-    layers = kept[:, 0, :, 0], kept[0, :, :, 1]
-    np.testing.assert_array_equal(kept, np.stack(np.broadcast_arrays(layers[0][:, None], layers[1]), axis=-2))
-    for layer in layers:
-        np.testing.assert_allclose(layer.mean(axis=-1), 1 - np.outer(rates, [1, 1]), atol=0.08)
-        # What a rate drops, a higher one drops, too.
-        assert (layer[:-1] >= layer[1:]).all()
-        assert not (layer[:, 0] == layer[:, 1]).all(axis=-1).any()
-
-
-def test_runs_that_diverge_leave_the_others(data, grid):
-    """In the program of the other tests; 16 of 24 runs diverge."""
-    numbers = GRID | {"learning_rate": (1e-3, 1e30, 1e31)}
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        result = sweep(*data, **OPTIONS, epochs=3, **numbers)
-    (warning,) = caught
-    first = "dropout_rate=0.0, learning_rate=1e+30, weight_decay=0.0, seed=5"
-    told = f"16 of 24 runs diverged in epoch 1 ({first}, ...); their history is NaN from there on"
-    assert str(warning.message) == told
-    healthy = sweep(*data, **OPTIONS, epochs=3, **GRID)
-    equal(result.at(learning_rate=1e-3), healthy.at(learning_rate=1e-3))
-    lost = result.at(learning_rate=1e30)
-    assert all(np.isnan(curve).all() for curve in lost.history.curves().values())
-    assert not lost.state.step.any()
-    assert (np.isinf(lost.best.loss).all(), lost.best.epoch.any()) == (True, False)
+    config = TrainConfig(model=LINEAR.model, optimizer=breaking)
+    train = functools.partial(sweep, *data, config=config, seeds=[0], epochs=5)
+    good = train(at=(97, 98, 99, 100)).at(at=100, seed=0)
+    with pytest.warns(UserWarning, match="diverged") as caught:
+        result = train(at=(0, 1, 9, 100))
+    told = "runs diverged in epoch 1 (at=0.0, seed=0, ...)", "runs diverged in epoch 3 (at=9.0, seed=0)"
+    expected = [f"{n} of 4 {text}; their history is NaN from there on" for n, text in zip((2, 1), told, strict=True)]
+    assert [str(warning.message) for warning in caught] == expected
+    equal(result.at(at=100, seed=0), good)
+    for at, epochs in ((0, 0), (1, 0), (9, 2)):
+        run = result.at(at=at, seed=0)
+        same(run.history, jax.tree.map(lambda leaf, n=epochs: np.where(np.arange(5) < n, leaf, np.nan), good.history))
+        losses = [np.inf, *run.history.validation.loss[:epochs]]
+        assert (run.state.step, run.best.loss, run.best.epoch) == (4 * epochs, min(losses), np.argmin(losses))
     with pytest.raises(FloatingPointError, match="training diverged in epoch 1; a lower learning_rate may help"):
-        sweep(*data, **OPTIONS, epochs=3, **numbers | {"learning_rate": (1e30, 1e31, 1e32)})
+        train(at=(0, 1, 2, 3))
 
 
-def breaking(at):
-    return optax.scale_by_schedule(lambda count: jnp.where(count < at, -0.1, jnp.nan))
+def test_other_devices_processes_and_lanes_at_once_change_rounding_only(data, tmp_path):
+    """Two of four devices, two lanes at once; two processes with two devices each, which save to one directory.
 
-
-def test_a_run_that_diverges_later_stays_at_its_last_good_epoch(data):
-    config = TrainConfig(model=FashionMLP(hidden=()), optimizer=breaking)
-    with pytest.warns(UserWarning, match=r"^1 of 2 runs diverged in epoch 3 \(at=9\.0, seed=0\); ") as caught:
-        result = sweep(*data, config=config, seeds=[0], epochs=5, at=(9, 100))
-    assert len(caught) == 1
-    broken, good = result.at(at=9, seed=0), result.at(at=100, seed=0)
-    assert (int(broken.state.step), int(good.state.step)) == (8, 20)
-    for curve, other in zip(broken.history.curves().values(), good.history.curves().values(), strict=True):
-        np.testing.assert_array_equal(curve[:2], other[:2])
-        assert (np.isnan(curve[2:]).all(), np.isfinite(other).all()) == (True, True)
-    assert broken.best.loss == broken.history.validation.loss[:2].min()
-
-
-# A number of lanes that neither the devices nor the lanes at once divide
-LANES = {"seeds": [3], "learning_rate": [0.001, 0.003, 0.006, 0.01, 0.02], "epochs": 3}
-
-
-@pytest.fixture(scope="module")
-def expected(data):
-    return sweep(*data, config=LINEAR, **LANES)
-
-
-def test_lanes_trained_together_agree_within_rounding(data, expected):
-    close(sweep(*data, config=LINEAR, **LANES, lanes_at_once=2), expected)
-
-
-def launch(data, directory, *layouts, **arguments):
-    """Train in a process for each layout, and return the processes and the files with their results."""
-    np.savez(directory / "data.npz", *data[0], *data[1])
-    options = {"data": directory / "data.npz", "arguments": LANES | arguments}
-    files = [directory / f"{i}.npz" for i in range(len(layouts))]
-    pairs = zip(layouts, files, strict=True)
-    return sweep_worker.run(*({**options, **layout, "output": file} for layout, file in pairs)), files
-
-
-def assert_hold(processes, files, result):
-    expected = Run(result.state, result.history, result.best)
-    for process, path in zip(processes, files, strict=True):
-        assert process.returncode == 0, process.stderr
-        with np.load(path) as file:
-            close(jax.tree.unflatten(jax.tree.structure(expected), [file[name] for name in file.files]), expected)
-
-
-def test_any_number_of_devices_gives_the_same_result(data, expected, tmp_path):
-    """Two of two, and the last three of four."""
-    processes, files = launch(data, tmp_path, {"cpus": 2}, {"cpus": 4, "use": [1, 4]})
-    assert_hold(processes, files, expected)
-    assert [process.stdout for process in processes] == [f"1 processes, {n} devices\n" for n in (2, 4)]
-
-
-def two_machines():
+    One of the two dies in a longer run. The other ends, too, and a single process goes on.
+    """
+    # Neither the devices nor the lanes at once divide the number of lanes.
+    lanes = {"seeds": [3], "learning_rate": [0.001, 0.003, 0.006, 0.01, 0.02], "epochs": 3}
+    saved, train = str(tmp_path / "saved"), functools.partial(sweep, *data, config=LINEAR, **lanes)
+    np.savez(tmp_path / "data.npz", *data[0], *data[1])
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
-    return [{"cpus": 2, "machines": [address, 2, i]} for i in range(2)]
+    two = {"cpus": 2, "arguments": lanes | {"checkpoint": saved}, "longer": 5}
+    layouts = [
+        {"cpus": 4, "use": [1, 3], "arguments": lanes | {"lanes_at_once": 2}},
+        two | {"machines": [address, 2, 0]},
+        # The fifth report is of the fourth epoch: the longer run repeats that of the third.
+        two | {"machines": [address, 2, 1], "die_in": "epoch", "die_at": 5},
+    ]
+    files = [{"data": tmp_path / "data.npz", "output": tmp_path / f"{i}.npz"} for i in range(3)]
+    processes = sweep_worker.run(*map(dict.__or__, layouts, files))
 
-
-def test_two_processes_train_one_sweep(data, expected, tmp_path):
-    """They share a directory of checkpoints. Where one dies the other ends, and the next two resume."""
-    saved = str(tmp_path / "saved")
-    living, dying = two_machines()
-    dead, _ = launch(data, tmp_path, living, {**dying, "die_in": "epoch", "die_at": 2}, checkpoint=saved)
-    assert all(process.returncode for process in dead)
-    assert dead[0].stderr.strip()
-    processes, files = launch(data, tmp_path, *two_machines(), checkpoint=saved)
-    assert_hold(processes, files, expected)
-    for process in processes:
-        assert re.search("resuming after epoch [12] of 3", process.stderr)
-        assert process.stdout.splitlines()[-1] == "2 processes, 4 devices"
-    # One process goes on where two have been.
-    close(*(sweep(*data, config=LINEAR, **LANES | {"epochs": 4}, checkpoint=place) for place in (saved, None)))
+    expected = train()
+    expected = Run(expected.state, expected.history, expected.best)
+    for process, place, devices in zip(processes, files, ("1 processes, 4", *["2 processes, 4"] * 2), strict=True):
+        assert f"{devices} devices\n" in process.stdout, process.stderr
+        with np.load(place["output"]) as file:
+            close(jax.tree.unflatten(jax.tree.structure(expected), [file[name] for name in file.files]), expected)
+    alone, living, dying = processes
+    assert (alone.returncode, dying.returncode) == (0, -signal.SIGKILL)
+    assert living.returncode not in (0, -signal.SIGKILL)
+    for process in (living, dying):
+        assert "resuming after epoch 3 of 5" in process.stderr
+    close(*(train(epochs=5, checkpoint=place) for place in (saved, None)))
 
 
 def test_an_accelerator_trains_as_many_lanes_as_fit():
