@@ -9,16 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from sweep_worker import CONFIG, equal, parts, same
+from sweep_worker import CONFIG, LINEAR, equal, parts, same
 
 from fashion_jax import FashionMLP, TrainConfig, subset
-from fashion_jax.devices import _map
 from fashion_jax.train import evaluate, fit, init_state, train_epoch
 from fashion_jax.types import Batch, Best
 
 KEY = jax.random.key(3)
 COMPILATION = "/jax/core/compile/backend_compile_duration"
-# The validation loss is lowest in the ninth of ten epochs.
 OPTIONS = {"key": KEY, "config": CONFIG, "learning_rate": 0.02, "dropout_rate": 0.2}
 
 
@@ -30,10 +28,6 @@ def data(small, splits):
 @pytest.fixture(scope="module")
 def whole(data):
     return fit(*data, **OPTIONS, epochs=10)
-
-
-def last(leaf):
-    return leaf[-1]
 
 
 def close(first, second, **tolerance):
@@ -51,14 +45,13 @@ def test_the_same_arguments_give_the_same_run(data, whole):
 
 def test_other_numbers_and_epochs_compile_nothing(data, whole, unchecked):
     again = TrainConfig(model=FashionMLP(hidden=(16,)), optimizer=optax.adamw, train_eval_size=150)
-    cases = ((0.0, 0.1, 1), (0.5, 1e-4, 3), (np.float32(0.2), jnp.float32(0.1), 2))
-    events, before = [], _map._cache_size()
+    events, cases = [], ((0.0, 0.1, 1), (0.5, 1e-4, 3), (np.float32(0.2), jnp.float32(0.1), 2))
     jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: events.append(name))
     try:
         for rate, learning_rate, epochs in cases:
             numbers = {"dropout_rate": rate, "learning_rate": learning_rate}
             fit(*data, key=jax.random.key(epochs), config=again, epochs=epochs, **numbers)
-        assert (COMPILATION in events, _map._cache_size()) == (False, before)
+        assert COMPILATION not in events
         jax.jit(lambda x: x + 1)(1)
         assert COMPILATION in events
     finally:
@@ -91,13 +84,8 @@ def test_a_run_starts_where_another_one_ended(data, whole):
     same(rest.history, jax.tree.map(lambda leaf: leaf[3:], whole.history))
     assert rest.best.epoch == 6
     # Its best parameters start a new one.
-    with pytest.warns(match="the losses have not changed since epoch 1"):
-        still = fit(*data, **OPTIONS | {"learning_rate": 0.0}, epochs=2, start=whole.best)
-    same(still.state.params, whole.best.params)
-    np.testing.assert_allclose(still.history.validation.loss, whole.best.loss, rtol=1e-6)
-    assert (int(still.state.step), int(still.best.epoch)) == (8, 1)
-    started = init_state(KEY, config=CONFIG)._replace(params=whole.best.params)
-    equal(*(fit(*data, **OPTIONS, epochs=2, start=start) for start in (whole.best, started)))
+    fresh = init_state(KEY, config=CONFIG)._replace(params=whole.best.params)
+    equal(*(fit(*data, **OPTIONS, epochs=2, start=start) for start in (whole.best, fresh)))
 
 
 def aligned(array) -> np.ndarray:
@@ -108,88 +96,63 @@ def aligned(array) -> np.ndarray:
 
 
 def test_the_caller_s_arrays_stay_and_may_change_afterwards(data, whole):
-    own = [Batch(*map(aligned, batch)) for batch in data]
-    ends = []
+    own, ends = [Batch(*map(aligned, batch)) for batch in data], []
 
     def spoil(end):
         if not ends:
             same(own, list(data))
         ends.append(end)
-        for batch in own:
-            batch.images[:], batch.labels[:] = 0, 0
+        for array in jax.tree.leaves(own):
+            array[:] = 0
 
     equal(fit(*own, **OPTIONS, epochs=10, callbacks=[spoil]), whole)
     same(ends[2].fetch_state(), fit(*data, **OPTIONS, epochs=3).state)
 
 
-def test_callbacks_are_called_in_order_with_what_is_returned(data):
+@pytest.mark.parametrize(("answer", "epochs"), [(True, 3), (np.True_, 3), (np.False_, 5), (17, 5)])
+def test_callbacks_are_called_in_order_until_one_returns_true(data, whole, answer, epochs):
     calls = []
-    callbacks = [lambda end, name=name: calls.append((name, end)) for name in "ab"]
-    run = fit(*data, **OPTIONS, epochs=2, callbacks=iter(callbacks))
-    assert [(name, end.epoch, end.epochs) for name, end in calls] == [(n, e, 2) for e in (1, 2) for n in "ab"]
+    callbacks = [
+        lambda end: calls.append(("first", end)) or (end.epoch == 3 and answer),
+        lambda end: calls.append(("second", end)),
+    ]
+    run = fit(*data, **OPTIONS, epochs=5, callbacks=iter(callbacks))
+    expected = [(name, epoch, 5) for epoch in range(1, epochs + 1) for name in ("first", "second")]
+    assert [(name, end.epoch, end.epochs) for name, end in calls] == expected
+    same(run.history, jax.tree.map(lambda leaf: leaf[:epochs], whole.history))
     end, numbers = calls[-1][1], {"dropout_rate": 0.2, "learning_rate": 0.02}
     assert (end.axes, end.hyperparameters) == ({}, numbers)
-    same(end.history, run.history)
-    same(end.fetch_state(), run.state)
-    assert end.rows() == [{**numbers, "epoch": 2, **{name: curve[1] for name, curve in run.history.curves().items()}}]
-
-
-@pytest.mark.parametrize(("answer", "epochs"), [(True, 3), (np.True_, 3), (None, 5), (np.False_, 5), (17, 5), ("a", 5)])
-def test_a_callback_that_returns_true_ends_the_run(data, whole, answer, epochs):
-    calls = []
-    callbacks = [lambda end: end.epoch == 3 and answer, lambda end: calls.append(end.epoch)]
-    run = fit(*data, **OPTIONS, epochs=5, callbacks=callbacks)
-    assert calls == list(range(1, epochs + 1))
-    same(run.history, jax.tree.map(lambda leaf: leaf[:epochs], whole.history))
+    same((end.history, end.fetch_state()), (run.history, run.state))
+    curves = {name: curve[-1] for name, curve in run.history.curves().items()}
+    assert end.rows() == [{**numbers, "epoch": epochs, **curves}]
 
 
 def test_other_parameters_may_be_evaluated(data):
     """An average of the parameters."""
     average_of = optax.contrib.schedule_free_eval_params
-    config = TrainConfig(model=CONFIG.model, optimizer=optax.contrib.schedule_free_sgd, eval_params=average_of)
-    ends = []
-    run = fit(*data, key=KEY, config=config, learning_rate=0.5, epochs=6, callbacks=[ends.append])
-    states = [end.fetch_state() for end in ends]
-    averages = [average_of(state.opt_state, state.params) for state in states]
-    train, validation = jax.tree.map(jnp.array, data)
-    for end, average in zip(ends, averages, strict=True):
-        close(jax.tree.map(last, end.history.train), evaluate(average, train, config=config), rtol=1e-3)
-        close(jax.tree.map(last, end.history.validation), evaluate(average, validation, config=config), rtol=1e-3)
-    assert np.abs(states[-1].params["fc1"]["kernel"] - averages[-1]["fc1"]["kernel"]).max() > 1e-2
-    close(run.best.params, averages[run.history.validation.loss.argmin()], rtol=1e-5)
+    config = TrainConfig(model=LINEAR.model, optimizer=optax.contrib.schedule_free_sgd, eval_params=average_of)
+    run = fit(*data, key=KEY, config=config, learning_rate=0.5, epochs=3)
+    average = average_of(run.state.opt_state, run.state.params)
+    assert abs(run.state.params["fc1"]["kernel"] - average["fc1"]["kernel"]).max() > 1e-2
+    close(run.best.params, average, rtol=1e-5)
+    for batch, metrics in zip(data, (run.history.train, run.history.validation), strict=True):
+        close([curve[-1] for curve in metrics], list(evaluate(average, batch, config=config)), rtol=1e-3)
 
 
-def test_a_network_learns(trained):
-    history = trained.history
-    assert (np.diff(history.running_loss) < 0).all()
-    assert (history.validation.accuracy > [0.7, 0.75, 0.78]).all()
-    assert (history.train.loss[1:] < history.running_loss[1:]).all()
-
-
-def test_a_run_that_diverges_raises(data, whole):
+def test_a_run_that_diverges_raises(data):
     with pytest.raises(FloatingPointError, match=r"^training diverged in epoch 1; a lower learning_rate may help$"):
         fit(*data, **OPTIONS | {"learning_rate": 1e30}, epochs=2)
-    params = jax.tree.map(np.array, whole.state.params)
-    params["fc2"]["bias"][3] = np.nan
-    with pytest.raises(FloatingPointError, match="diverged in epoch 1"):
-        fit(*data, **OPTIONS, epochs=2, start=whole.state._replace(params=params))
     huge = fit(*data, **OPTIONS | {"learning_rate": 1e5}, epochs=1)
     assert 1e6 < huge.history.running_loss[0] < np.inf
 
 
-@pytest.mark.parametrize(
-    ("switches", "optimizer"),
-    [
-        ((jax.debug_nans(True), jax.debug_infs(True), jax.enable_checks(True)), optax.adam),
-        ((jax.debug_nans(True), jax.debug_infs(True), jax.enable_x64(True)), optax.adam),
-        ((jax.numpy_dtype_promotion("strict"),), optax.adam),
-    ],
-)
-def test_healthy_runs_pass_the_checks_of_jax(data, tmp_path, switches, optimizer):
-    config = TrainConfig(model=FashionMLP(hidden=()), optimizer=optimizer, batch_size=50)
+@pytest.mark.parametrize("switch", [jax.enable_checks, jax.enable_x64])
+def test_healthy_runs_pass_the_checks_of_jax(data, tmp_path, switch):
+    config = TrainConfig(model=LINEAR.model, batch_size=50)
+    switches = switch(True), jax.debug_nans(True), jax.debug_infs(True), jax.numpy_dtype_promotion("strict")
     with contextlib.ExitStack() as stack:
-        for switch in switches:
-            stack.enter_context(switch)
+        for each in switches:
+            stack.enter_context(each)
         expected = {np.dtype(jnp.result_type(float))}
         for epochs in (1, 2):
             run = fit(*data, key=KEY, config=config, epochs=epochs, checkpoint=tmp_path)
