@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from fractions import Fraction
+from pathlib import Path
 from unittest import mock
 
 import flax.linen as nn
@@ -32,6 +33,7 @@ KEY = jax.random.key(0)
 T, V = TypeError, ValueError
 ONCE = "must hold at least one value, and none twice, got"
 SGD = TrainConfig(model=LINEAR.model, optimizer=optax.sgd)
+FIXED = TrainConfig(optimizer=lambda: optax.sgd(0.1))
 FREE = TrainConfig(model=LINEAR.model, optimizer=optax.contrib.schedule_free_sgd)
 
 
@@ -54,17 +56,6 @@ class Logits(nn.Module):
         return nn.Dense(10)(normalize(images).reshape(len(images), -1))
 
 
-class Dropped(nn.Module):
-    """Flax's dropout at a rate that is a field, which it cannot take traced."""
-
-    dropout_rate: float = 0.5
-
-    @nn.compact
-    def __call__(self, images, *, deterministic):
-        x = nn.Dropout(self.dropout_rate)(normalize(images).reshape(len(images), -1), deterministic=deterministic)
-        return nn.log_softmax(nn.Dense(10)(x))
-
-
 def assert_raises(error, message, call, *arguments, **named):
     with pytest.raises(error, match=message) as caught:
         call(*arguments, **named)
@@ -72,15 +63,11 @@ def assert_raises(error, message, call, *arguments, **named):
 
 
 DATA = [
-    (lambda d: d._replace(images=d.images / 255), T, r"\.images must be uint8 .* float64 from 0 to 1; pass the raw"),
     (lambda d: d._replace(images=d.images.astype(np.float32)), T, r"\.images must be uint8 .* float32 from 0 to 255"),
     (lambda d: d._replace(images=np.ma.masked_less(d.images, 9)), T, r"\.images is a masked array"),
-    (lambda d: d._replace(images=torch.from_numpy(d.images.copy())), T, r"\.images must be .* Tensor; .*\.numpy\(\)"),
-    (lambda d: d._replace(images=d.images.tolist()), T, r"\.images must be a NumPy or JAX array, got list"),
     (lambda d: d._replace(labels=d.labels.tolist()), T, r"\.labels must be .* got list; np\.asarray converts it"),
     (lambda d: d._replace(labels=torch.tensor(d.labels)), T, r"\.labels must be .* got Tensor; \.numpy\(\) converts"),
     (lambda d: d._replace(labels=d.labels * 1.0), T, r"\.labels must be integers, got float64"),
-    (lambda d: d._replace(labels=d.labels[:-1]), V, r" must hold images .* got \[200, 28, 28\] and \[199\]"),
     (lambda d: d._replace(labels=np.eye(10, dtype=int)[d.labels]), V, r" must hold .* and labels \[n\], got"),
     (lambda d: Batch(d.images[:0], d.labels[:0]), V, " must hold at least one example, got none"),
     (lambda d: d._replace(labels=d.labels - 9), V, r"\.labels must lie in 0\.\..*, got -9\.\.0"),
@@ -99,18 +86,17 @@ FIT = [
     ({"key": 0}, T, r"^key must be one typed key, from jax\.random\.key\(seed\); got 0"),
     ({"key": jax.random.PRNGKey(0)}, T, "^key must be one typed key"),
     ({"key": jax.random.split(KEY)}, T, "^key must be one typed key"),
-    ({"lr": 0.1}, T, r"^there is no hyperparameter 'lr'; the model has .*; the opt.*; did you mean learning_rate\?$"),
     ({"wd": 0.1, "config": TrainConfig()}, T, r"hyperparameter 'wd'; .*; did you mean weight_decay of optax\.adamw\?$"),
-    ({"batch_size": 32}, T, r"hyperparameter 'batch_size'; .*; did you mean batch_size of TrainConfig\?$"),
-    ({"optimiser": optax.sgd(0.1)}, T, r"hyperparameter 'optimiser'; .*; did you mean optimizer of TrainConfig\?$"),
-    ({"num_classes": 26}, T, r"hyperparameter 'num_classes'; .*; did you mean classes of FashionMLP\?$"),
+    ({"classes": 26}, T, r"'classes'; the model has dropout_rate; the .*; did you mean classes of FashionMLP\?$"),
+    (
+        {"nesterov": 1, "config": SGD},
+        T,
+        "'nesterov'; .*; the optimizer has learning_rate, momentum, acc.*; did you mean",
+    ),
+    ({"learning_rate": 1.0, "config": FIXED}, T, "'learning_rate'; the model has dropout_rate; the optimizer has none"),
     ({"epoch": 3}, T, r"hyperparameter 'epoch'; .*; did you mean epochs\?$"),
-    ({"dropout_rate": 1.0}, V, r"^dropout_rate must lie in \[0, 1\), got 1\.0"),
-    ({"dropout_rate": 1 - 1e-12}, V, r"^dropout_rate must lie in \[0, 1\)"),
     ({"learning_rate": float("nan")}, V, "^learning_rate must be finite, got nan"),
-    ({"learning_rate": "0.1"}, T, "^learning_rate must be a number, got '0.1'"),
     ({"learning_rate": [0.1, 0.2]}, T, r"^learning_rate must be a number, got \[0\.1, 0\.2\]"),
-    ({"learning_rate": optax.constant_schedule(0.1)}, T, "^learning_rate must .* in the optimizer factory, as in Tr"),
     ({"epochs": 0}, V, "^epochs must be at least 1, got 0"),
     ({"config": {"batch_size": 3}}, T, "^config must be a TrainConfig, got {'batch_size': 3}"),
     ({"progress": "yes"}, T, "^progress must be True, False or None, got 'yes'"),
@@ -123,11 +109,6 @@ FIT = [
     ({"start": {"fc1": {}}}, T, "^start must be a TrainState or a Best, such as run.best, got dict"),
     ({"start": Best({"fc1": {}}, 1.0, 1)}, V, r"^params do not fit the model: fc1\.bias is missing"),
     ({"start": init_state(KEY, config=SGD)}, V, "^start does not fit the config: its optimizer state is another"),
-    (
-        {"config": TrainConfig(model=Dropped())},
-        T,
-        r"^the model must take dropout_rate traced; use the Dropout of fashion_jax",
-    ),
     ({"config": TrainConfig(model=Logits())}, V, r"^the model must return log-prob.* sum to .*\.log_softmax"),
     ({"config": TrainConfig(optimizer=lambda learning_rate: None)}, T, "^optimizer must return an optax.*, got None"),
     ({"config": TrainConfig(optimizer=lambda momentum: None)}, T, "^the optimizer needs momentum: numbers here, the"),
@@ -135,13 +116,20 @@ FIT = [
     ({"config": TrainConfig(loss=lambda p, y: p.sum())}, V, r"^loss must return one number an example, \[n\], got"),
     ({"config": TrainConfig(model=FashionMLP(classes=5))}, V, r"^train\.labels must lie in 0\.\.4, got 0\.\.9"),
 ]
+FIELDS = [
+    ({"model": FashionMLP}, T, r"^model must be a flax\.linen\.Module such as FashionMLP\(\), .*; got <class"),
+    ({"optimizer": optax.lion(0.1)}, T, "^optimizer must be a factory, .*; pass optax.adam, not opt"),
+    ({"optimizer": 0.1}, T, r"^optimizer must be a function, got 0\.1"),
+    ({"loss": None}, T, "^loss must be a function, got None"),
+    ({"batch_size": None}, T, "^batch_size must be an integer, got None"),
+    ({"eval_batch_size": True}, T, "^eval_batch_size must be an integer, got True"),
+    ({"train_eval_size": 0}, V, "^train_eval_size must be at least 1, got 0"),
+    ({"lr": 0.1}, T, "^TrainConfig has no field 'lr'; .* you mean learning_rate of fit and sweep"),
+]
 SWEEP = [
     ({"seeds": 3}, T, r"^seeds must be a sequence such as range\(8\), got 3"),
-    ({"seeds": []}, V, rf"^seeds {ONCE} \[\]"),
-    ({"seeds": [0, 1, 0]}, V, rf"^seeds {ONCE} \[0, 1, 0\]"),
     ({"seeds": [2**32]}, V, r"^seeds must be at most 4294967295, got 4294967296"),
     ({"seed": (1, 2)}, T, r"^there is no hyperparameter 'seed'; .*; did you mean seeds of sweep\?$"),
-    ({"key": KEY}, T, r"^there is no hyperparameter 'key'; .*; did you mean key of fit\?$"),
     ({"dropout_rate": (0.0, 1.0)}, V, r"^dropout_rate must lie in \[0, 1\), got 1\.0"),
     ({"learning_rate": ()}, V, rf"^learning_rate {ONCE} \[\]"),
     ({"learning_rate": (0.3, 0.1 + 0.2)}, V, f"^learning_rate {ONCE}"),
@@ -155,15 +143,12 @@ OTHER = [
     (lambda d: jax.jit(functools.partial(fit, key=KEY))(d, d), T, r"^train\.images is traced by jax\.jit or jax\.vmap"),
     (lambda d: load(source="web"), V, "^source must be one of auto, idx, tfds, download; got 'web'"),
     (lambda d: join_machines("host:1", processes=2), V, "^coordinator, processes and process belong together, got 'h"),
-    (lambda d: TrainConfig(optimizer=optax.lion(0.1)), T, "^optimizer must be a factory, .*; pass optax.adam, not opt"),
-    (lambda d: TrainConfig(optimiser=optax.sgd), T, "^TrainConfig has no field 'optimiser'; .* did you mean optimizer"),
-    (lambda d: TrainConfig(lr=0.1), T, "^TrainConfig has no field 'lr'; .* you mean learning_rate of fit and sweep"),
-    (lambda d: FashionMLP(num_classes=3), T, "^FashionMLP has no field 'num_classes'; it has .* did you mean classes"),
     (lambda d: NormalizedMLP(dropout=0.2), T, "^NormalizedMLP has no field 'dropout'; .*; did you mean dropout_rate"),
     (lambda d: evaluate({"fc1": {}}, d), V, r"^params do not fit the model: fc1\.bias is missing"),
     (lambda d: predict({"fc1": {}}, d.images / 255), T, "^images must be uint8 pixels from 0 to 255, got float64"),
 ]
-CASES = [(run, *row) for row in FIT] + [(grid, *row) for row in SWEEP] + [(call, {}, *row) for call, *row in OTHER]
+TABLES = {run: FIT, grid: SWEEP, lambda data, **fields: TrainConfig(**fields): FIELDS}
+CASES = [(call, *row) for call, rows in TABLES.items() for row in rows] + [(call, {}, *row) for call, *row in OTHER]
 
 
 @pytest.mark.parametrize(("call", "changes", "error", "message"), CASES)
@@ -183,7 +168,6 @@ def test_other_kinds_of_the_same_are_accepted(data):
     numbers = {"learning_rate": 0.125, "dropout_rate": 0.5}
     expected = run(data, **numbers)
     for other in (
-        data._replace(labels=data.labels.astype(">i8")),
         data._replace(labels=data.labels.astype(np.uint8), images=np.asfortranarray(data.images)),
         Batch(*map(jnp.array, data)),
         tuple(data),
@@ -207,14 +191,10 @@ def test_cores_are_those_that_a_container_may_use(monkeypatch, tmp_path, quota, 
     chosen.assert_called_once_with("jax_num_cpu_devices", cores)
 
 
-def test_a_platform_that_is_not_there_is_one_line():
-    command = [sys.executable, "examples/compare_overfit.py", "--epochs", "1", "--train-size", "100"]
+@pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="there may be a GPU")
+def test_a_platform_that_is_not_there_is_one_line(tmp_path):
+    command = [sys.executable, "examples/compare_overfit.py", "--epochs", "1", "--output", str(tmp_path)]
     environment = os.environ | {"JAX_PLATFORMS": "cuda"}
-    if (
-        subprocess.run([sys.executable, "-c", "import jax; jax.devices()"], env=environment, check=False).returncode
-        == 0
-    ):
-        pytest.skip("there is a GPU")
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 1
     assert run.stderr.splitlines()[-1] == "error: JAX finds no device for JAX_PLATFORMS=cuda; unset it"
