@@ -61,10 +61,10 @@ def run(*options: dict) -> list[subprocess.CompletedProcess]:
     return [subprocess.CompletedProcess(process.args, process.returncode, *output) for process, output in pairs]
 
 
-def main(*, data, arguments, output=None, cpus=1, use=(0, None), machines=(), longer=0, die_in="", die_at=0) -> None:
+def main(*, data, arguments, output=None, cpus=1, use=(), machines=(), longer=0, die_in="", die_at=0) -> None:
     """Train on the arrays in a file, and die at a call of a callback ("epoch") or of a function of `os`.
 
-    `use` is a slice of the devices; `machines` are the arguments of `join_machines`. When the result is written, a
+    `use` is a slice of the devices, `machines` are the arguments of `join_machines`. When the result is written, a
     `longer` run follows.
     """
     jax.config.update("jax_num_cpu_devices", cpus)
@@ -83,9 +83,9 @@ def main(*, data, arguments, output=None, cpus=1, use=(0, None), machines=(), lo
     if hasattr(os, die_in):
         setattr(os, die_in, die)
     options = {"config": LINEAR, "callbacks": [die] if die_in == "epoch" else [], **arguments}
-    if "seeds" in arguments:
+    if use:
         options["devices"] = jax.devices()[slice(*use)]
-    else:
+    if "key" in arguments:
         options["key"] = jax.random.key(options["key"])
     train = functools.partial(sweep if "seeds" in arguments else fit, Batch(*arrays[:2]), Batch(*arrays[2:]), **options)
     result = train()
