@@ -5,6 +5,7 @@ import functools
 import json
 import logging
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -163,6 +164,13 @@ def test_an_epoch_whose_callback_failed_is_trained_again(data, whole, tmp_path):
         fit(*data, **OPTIONS, epochs=10, checkpoint=tmp_path, callbacks=[fail])
     assert epochs_in(tmp_path) == [1, 2]
     equal(fit(*data, **OPTIONS, epochs=10, checkpoint=tmp_path), whole)
+
+
+def test_runs_in_two_threads_do_not_wait_for_each_other(data, whole, tmp_path):
+    with ThreadPoolExecutor(2) as threads:
+        runs = [threads.submit(fit, *data, **OPTIONS, epochs=10, checkpoint=tmp_path / name) for name in "ab"]
+    for run in runs:
+        equal(run.result(), whole)
 
 
 @pytest.mark.parametrize(

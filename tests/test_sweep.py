@@ -19,8 +19,7 @@ from fashion_jax.devices import _map, lanes_that_fit
 from fashion_jax.train import fit, sweep
 from fashion_jax.types import Run
 
-GRID = {"dropout_rate": (0.0, 0.2), "learning_rate": (1e-3, 3e-3, 1e-2)}
-NUMBERS = GRID | {"weight_decay": 0.1}
+GRID = {"dropout_rate": (0.0, 0.2), "learning_rate": (1e-3, 3e-3, 1e-2), "weight_decay": (0.0, 0.1)}
 # In another layout, losses after eight steps differ by 3e-7; lanes of other numbers by 1e-3. Parameters differ by 6e-5:
 # where a gradient is all but 0, Adam divides rounding by rounding, and a step is as large as the learning rate, 1e-2.
 LOSSES, PARAMETERS = {"rtol": 1e-4, "atol": 1e-5}, {"rtol": 1e-4, "atol": 2e-3}
@@ -34,7 +33,7 @@ def data(small, splits):
 @pytest.fixture(scope="module")
 def grid(data):
     before = _map._cache_size()
-    result = sweep(*data, config=CONFIG, seeds=(5, 0), epochs=2, **NUMBERS)
+    result = sweep(*data, config=CONFIG, seeds=(5, 0), epochs=2, **GRID)
     # One program draws initial parameters, and one trains for an epoch.
     assert _map._cache_size() == before + 2
     return result
@@ -50,25 +49,26 @@ def test_each_lane_is_a_run(data, grid):
     losses = []
     for *values, seed in itertools.product(*GRID.values(), (5, 0)):
         numbers = dict(zip(GRID, values, strict=True))
-        run = fit(*data, key=jax.random.key(seed), config=CONFIG, epochs=2, **NUMBERS | numbers)
+        run = fit(*data, key=jax.random.key(seed), config=CONFIG, epochs=2, **numbers)
         # On a CPU one lane follows the other, as in `fit`.
         (equal if jax.default_backend() == "cpu" else close)(run, grid.at(**numbers, seed=seed))
         losses.append(run.history.running_loss)
     apart = np.abs(np.subtract.outer(losses, losses)).max(axis=(1, 3))
-    assert apart[~np.eye(12, dtype=bool)].min() > 10 * LOSSES["atol"]
+    assert apart[~np.eye(24, dtype=bool)].min() > 10 * LOSSES["atol"]
 
 
 def test_axes_keep_their_order_in_results_and_reports_and_seeds_come_last(data, grid):
     assert list(grid.axes.items()) == [*GRID.items(), ("seed", (5, 0))]
-    assert {leaf.shape[:3] for leaf in leaves(grid)} == {(2, 3, 2)}
-    ends, options = [], {"config": CONFIG, "seeds": iter((5, 0)), "epochs": 5}
-    callbacks = [lambda end: end.epoch == 2, ends.append]
-    result = sweep(*data, **options, callbacks=callbacks, **dict(reversed(NUMBERS.items())))
+    assert {leaf.shape[:4] for leaf in leaves(grid)} == {(2, 3, 2, 2)}
+    ends, options = [], {"config": CONFIG, "seeds": iter((5, 0, 1, 2)), "epochs": 5}
+    callbacks, numbers = [lambda end: end.epoch == 2, ends.append], GRID | {"weight_decay": 0.1}
+    result = sweep(*data, **options, callbacks=callbacks, **dict(reversed(numbers.items())))
     assert list(result.axes) == ["learning_rate", "dropout_rate", "seed"]
-    equal(result.at(learning_rate=3e-3, dropout_rate=0.2), grid.at(learning_rate=3e-3, dropout_rate=0.2))
+    lane = {"learning_rate": 3e-3, "dropout_rate": 0.2, "seed": 5}
+    equal(result.at(**lane), grid.at(**lane, weight_decay=0.1))
     assert [end.epoch for end in ends] == [1, 2]
     assert (ends[0].axes, ends[0].hyperparameters) == (result.axes, {"weight_decay": 0.1})
-    assert len(ends[0].rows()) == 12
+    assert len(ends[0].rows()) == 24
     for end in ends:
         same(end.history, jax.tree.map(lambda leaf, end=end: leaf[..., : end.epoch], result.history))
     same(ends[1].fetch_state(), result.state)
