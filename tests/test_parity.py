@@ -19,19 +19,18 @@ KEY = jax.random.key(0)
 @pytest.mark.parametrize("optimizer", [optax.adam, torch_adam])
 def test_loss_gradient_and_adam_equal_numpy(small, optimizer):
     """Kingma and Ba, algorithm 1, line by line."""
-    config = TrainConfig(optimizer=optimizer)
-    b1, b2, eps, learning_rate = 0.8, 0.99, 1e-6, 0.01
-    numbers = {"b1": b1, "b2": b2, "eps": eps, "learning_rate": learning_rate}
-    batch = Batch(*(leaf[:64] for leaf in small))
+    config, batch = TrainConfig(model=FashionMLP((32, 16)), optimizer=optimizer), Batch(*(leaf[:64] for leaf in small))
+    b1, b2, eps, rate = 0.8, 0.99, 1e-6, 0.01
     with jax.enable_x64(True):
         state = init_state(KEY, config=config)
         params, first, second = parity.flat(state.params), 0.0, 0.0
         for t in range(1, 6):
             loss, log_probs, gradient = parity.loss_and_gradient(state.params, batch)
-            first = b1 * first + (1 - b1) * parity.flat(gradient())
-            second = b2 * second + (1 - b2) * parity.flat(gradient()) ** 2
-            params = params - learning_rate * first / (1 - b1**t) / (np.sqrt(second / (1 - b2**t)) + eps)
-            state, metrics = train_step(state, batch, KEY, config=config, **numbers)
+            gradient = parity.flat(gradient())
+            first = b1 * first + (1 - b1) * gradient
+            second = b2 * second + (1 - b2) * gradient**2
+            params = params - rate * first / (1 - b1**t) / (np.sqrt(second / (1 - b2**t)) + eps)
+            state, metrics = train_step(state, batch, KEY, config=config, b1=b1, b2=b2, eps=eps, learning_rate=rate)
             assert float(metrics.loss) == pytest.approx(loss, rel=1e-12)
             assert float(metrics.accuracy) == (log_probs.argmax(axis=1) == batch.labels).mean()
             np.testing.assert_allclose(parity.flat(state.params), params, rtol=0, atol=1e-10)
@@ -39,16 +38,15 @@ def test_loss_gradient_and_adam_equal_numpy(small, optimizer):
 
 def test_an_evaluation_of_60_000_images_equals_numpy(splits):
     """Catches a jaxlib that miscompiles reductions, such as 0.10.2."""
-    params = init_state(jax.random.key(3)).params
+    params = init_state(KEY).params
     loss, log_probs, _ = parity.loss_and_gradient(params, splits.train)
     found = FashionMLP().apply({"params": params}, jnp.array(splits.train.images), deterministic=True)
     np.testing.assert_allclose(found, log_probs, atol=1e-5)
     correct = (log_probs.argmax(axis=1) == splits.train.labels).sum()
-    for size in (2_000, 7_777):
-        metrics = evaluate(params, splits.train, config=TrainConfig(eval_batch_size=size))
-        assert float(metrics.loss) == pytest.approx(loss, rel=2e-6)
-        # Two classes equal within rounding may change places.
-        assert float(metrics.accuracy) * 60_000 == pytest.approx(correct, abs=2)
+    metrics = evaluate(params, splits.train)
+    assert float(metrics.loss) == pytest.approx(loss, rel=2e-6)
+    # Two classes equal within rounding may change places.
+    assert float(metrics.accuracy) * 60_000 == pytest.approx(correct, abs=2)
     assert float(eval_step(params, splits.train).loss) == pytest.approx(loss, rel=2e-5)
 
 
@@ -60,19 +58,16 @@ def test_free_running_float64_training_equals_pytorch(splits, rate):
         assert apart[name].max() < 1e-10, name
 
 
-@pytest.mark.parametrize("rate", [0.0, 0.2])
-@pytest.mark.parametrize(("exact", "bound"), [(False, 2e-5), (True, 1e-6)])
-def test_float32_steps_from_the_same_state_equal_pytorch(splits, rate, exact, bound):
+@pytest.mark.parametrize(("rate", "optimizer", "bound"), [(0.0, torch_adam, 1e-6), (0.2, optax.adam, 2e-5)])
+def test_float32_steps_from_the_same_state_equal_pytorch(splits, rate, optimizer, bound):
     """`optax.adam` rounds its bias corrections, which changes an update by up to 1.3e-5 of its length.
 
     Adam divides rounding by rounding where a gradient is all but 0, most of all in its first step, and a unit whose
     input is 0 within rounding may be on in one program and off in the other; so some steps differ by more.
     """
-    optimizer = torch_adam if exact else optax.adam
     apart = parity.compare(splits, rate, steps=100, optimizer=optimizer, lockstep=True)
     assert apart["loss"].max() < 1e-6
     assert np.median(apart["update"]) < bound
     assert np.quantile(apart["parameters"], 0.9) < 1e-6
     # One of 10,000 images may be a tie within rounding.
-    assert apart["evaluation"][0] < 1e-6
-    assert apart["evaluation"][1] < 1.5e-4
+    assert (apart["evaluation"] < [1e-6, 1.5e-4]).all()
