@@ -13,13 +13,10 @@ KEY = jax.random.key(0)
 
 
 def moved(image, down, right, mirrored):
-    height, width = image.shape[:2]
-    margin = [(2, 2), (2, 2)] + [(0, 0)] * (image.ndim - 2)
-    padded = np.pad(image[:, ::-1] if mirrored else image, margin)
-    return padded[2 - down : 2 - down + height, 2 - right : 2 - right + width]
+    padded = np.pad(image[:, ::-1] if mirrored else image, [(2, 2), (2, 2), (0, 0)])
+    return padded[2 - down : 30 - down, 2 - right : 22 - right]
 
 
-@pytest.mark.parametrize("channels", [(), (3,)])
 @pytest.mark.parametrize(
     ("augment", "steps", "sides"),
     [
@@ -28,8 +25,8 @@ def moved(image, down, right, mirrored):
         (shift_and_flip, range(-2, 3), (False, True)),
     ],
 )
-def test_each_image_is_moved_and_mirrored_as_a_whole(channels, augment, steps, sides):
-    images = np.random.default_rng(0).integers(1, 256, (600, 28, 20, *channels), dtype=np.uint8)
+def test_each_image_is_moved_and_mirrored_as_a_whole(augment, steps, sides):
+    images = np.random.default_rng(0).integers(1, 256, (600, 28, 20, 3), dtype=np.uint8)
     ways = [(down, right, mirrored) for down in steps for right in steps for mirrored in sides]
     drawn = set()
     for before, after in zip(images, np.asarray(jax.jit(augment)(KEY, images)), strict=True):
