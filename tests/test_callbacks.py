@@ -1,6 +1,7 @@
 """Progress on the screen, epochs as JSON lines, early stopping."""
 
 import io
+import itertools
 import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -97,9 +98,8 @@ def test_a_run_outlives_whoever_reads_its_progress(kind, bars, monkeypatch):
     if kind in (io.StringIO, Terminal):
         file.close()
     assert len(shown([], None)) == bars
-    for progress in (Progress(), Progress(file)):
-        for epoch in (1, 2, 3):
-            assert progress(end(epoch)) is None
+    for progress, epoch in itertools.product((Progress(), Progress(file)), (1, 2, 3)):
+        assert progress(end(epoch)) is None
 
 
 def test_lines_hold_the_metrics_of_the_history(small, tmp_path):

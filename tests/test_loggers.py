@@ -43,9 +43,8 @@ def read_tensorboard(place):
         curves, numbers, shown = defaultdict(dict), {}, set()
         for event in (Event.FromString(data) for file in sorted(run.iterdir()) for data in tensorboard_records(file)):
             if event.HasField("session_log"):
-                for curve in curves.values():
-                    for epoch in [epoch for epoch in curve if epoch >= event.step]:
-                        del curve[epoch]
+                for name, curve in curves.items():
+                    curves[name] = {epoch: value for epoch, value in curve.items() if epoch < event.step}
             for value in event.summary.value:
                 hparams = HParamsPluginData.FromString(value.metadata.plugin_data.content)
                 numbers |= {name: v.number_value for name, v in hparams.session_start_info.hparams.items()}

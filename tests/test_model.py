@@ -24,11 +24,6 @@ def params():
     return init_state(KEY).params
 
 
-@pytest.fixture(scope="module")
-def images(small):
-    return jnp.array(small.images)
-
-
 def dropout(x, rate):
     return Dropout(rate).apply({}, x, deterministic=False, rngs={"dropout": KEY})
 
@@ -64,18 +59,18 @@ def test_dropout_keeps_the_expectation_and_masks_are_nested():
     assert traced._cache_size() == 1
 
 
-def test_masks_differ_between_layers(params, images):
-    for first, second in itertools.combinations(parity.draw_masks(params, images[:64], KEY, 0.5), 2):
+def test_masks_differ_between_layers(params, small):
+    for first, second in itertools.combinations(parity.draw_masks(params, small.images[:64], KEY, 0.5), 2):
         assert (first[:, :64] != second[:, :64]).mean() == pytest.approx(0.5, abs=0.05)
 
 
-def test_rate_0_is_the_identity_bit_for_bit(params, images, monkeypatch):
+def test_rate_0_is_the_identity_bit_for_bit(params, small, monkeypatch):
     x = jax.random.normal(KEY, (64, 64))
     np.testing.assert_array_equal(dropout(x, 0.0), x)
     np.testing.assert_array_equal(jax.jit(dropout)(x, 0.0), x)
     # Operation by operation: two compiled programs may round differently.
-    found = FashionMLP().apply({"params": params}, images, deterministic=False, rngs={"dropout": KEY})
-    np.testing.assert_array_equal(found, FashionMLP().apply({"params": params}, images, deterministic=True))
+    apply = functools.partial(FashionMLP().apply, {"params": params}, jnp.array(small.images), rngs={"dropout": KEY})
+    np.testing.assert_array_equal(apply(deterministic=False), apply(deterministic=True))
     # One draw of eight million is 0 exactly.
     monkeypatch.setattr("fashion_jax.model.uniform", lambda key, shape: jnp.zeros(shape))
     np.testing.assert_array_equal(dropout(x, 0.0), x)

@@ -32,12 +32,10 @@ def run(result) -> Run:
 
 
 def test_at_selects_by_name_in_any_order(result, run):
-    curve = result.history.validation.accuracy
-    part = result.at(seed=2, dropout_rate=0.2)
+    curve, part = result.history.validation.accuracy, result.at(seed=2, dropout_rate=0.2)
     assert part.axes == {"learning_rate": AXES["learning_rate"]}
     np.testing.assert_array_equal(part.history.validation.accuracy, curve[1, :, 2])
     np.testing.assert_array_equal(part.best.loss, result.best.loss[1, :, 2])
-    assert part.state.params["fc1"]["kernel"].shape == (3, 784, 256)
     for found in (run, part.at(learning_rate=1e-3)):
         assert isinstance(found, Run)
         np.testing.assert_array_equal(found.history.validation.accuracy, curve[1, 0, 2])
