@@ -121,6 +121,8 @@ def test_a_schedule_that_has_ended_is_told(data):
 
 PARTS = {
     "sam": lambda learning_rate: optax.contrib.sam(optax.adam(learning_rate), optax.sgd(0.05)),
+    "clip": lambda learning_rate: optax.chain(optax.clip_by_global_norm(1.0), optax.adam(learning_rate)),
+    "plateau": lambda learning_rate: optax.chain(optax.adam(learning_rate), optax.contrib.reduce_on_plateau()),
     "apply_if_finite": lambda learning_rate: optax.apply_if_finite(optax.adam(learning_rate), 3),
     "partition": lambda learning_rate: optax.partition(
         {"slow": optax.sgd(learning_rate), "fast": optax.adam(learning_rate)},

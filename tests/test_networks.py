@@ -34,13 +34,18 @@ class Convolutional(nn.Module):
 
 
 class NNXPerceptron(nnx.Module):
+    """The tutorial's network as one would write it in NNX."""
+
     def __init__(self, dropout_rate=0.0, *, rngs):
-        self.fc1, self.fc2, self.fc3 = (nnx.Linear(*size, rngs=rngs) for size in ((784, 64), (64, 32), (32, 10)))
-        self.dropouts = nnx.List([NNXDropout(dropout_rate, rngs=rngs) for _ in range(2)])
+        sizes = ((784, 256), (256, 128), (128, 64), (64, 10))
+        self.fc1, self.fc2, self.fc3, self.fc4 = (nnx.Linear(*size, rngs=rngs) for size in sizes)
+        self.dropouts = nnx.List([NNXDropout(dropout_rate, rngs=rngs) for _ in range(3)])
 
     def __call__(self, images):
-        x = self.dropouts[0](nnx.relu(self.fc1(normalize(images).reshape(len(images), -1))))
-        return nnx.log_softmax(self.fc3(self.dropouts[1](nnx.relu(self.fc2(x)))))
+        x = normalize(images).reshape(len(images), -1)
+        for layer, dropout in zip((self.fc1, self.fc2, self.fc3), self.dropouts, strict=True):
+            x = dropout(nnx.relu(layer(x)))
+        return nnx.log_softmax(self.fc4(x))
 
 
 class LinenPerceptron(nn.Module):
@@ -52,12 +57,12 @@ class LinenPerceptron(nn.Module):
     def __call__(self, images, *, deterministic):
         x = normalize(images).reshape(len(images), -1)
         step = None if deterministic else self.make_rng("dropout")
-        for i, width in enumerate((64, 32)):
+        for i, width in enumerate((256, 128, 64)):
             x = nn.relu(nn.Dense(width, name=f"fc{i + 1}")(x))
             if step is not None:
                 key = jax.random.fold_in(jax.random.fold_in(step, i), 0)
                 x = jnp.where(jax.random.uniform(key, x.shape) >= self.dropout_rate, x / (1 - self.dropout_rate), 0)
-        return nn.log_softmax(nn.Dense(10, name="fc3")(x))
+        return nn.log_softmax(nn.Dense(10, name="fc4")(x))
 
 
 @pytest.fixture(scope="module")

@@ -57,7 +57,8 @@ def test_free_running_float64_training_equals_pytorch(splits, rate):
     assert all(apart[name].max() < 1e-10 for name in ("loss", "accuracy", "parameters", "evaluation"))
 
 
-@pytest.mark.parametrize(("rate", "optimizer", "bound"), [(0.0, torch_adam, 1e-6), (0.2, optax.adam, 2e-5)])
+@pytest.mark.parametrize("rate", [0.0, 0.2])
+@pytest.mark.parametrize(("optimizer", "bound"), [(torch_adam, 1e-6), (optax.adam, 2e-5)])
 def test_float32_steps_from_the_same_state_equal_pytorch(splits, rate, optimizer, bound):
     """`optax.adam` rounds its bias corrections, which changes an update by up to 1.3e-5 of its length.
 
