@@ -1,41 +1,38 @@
-"""Run the Python blocks of Markdown pages in one process; `fit` and `sweep` train on few images."""
+"""Run the Python blocks of Markdown pages in one process; what trains does so on few images."""
 
 import doctest
 import functools
+import inspect
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
-from fashion_jax import train, use_all_cores
-from fashion_jax.types import Batch
+from fashion_jax import Batch, data, train, use_all_cores
 
 IMAGES, EPOCHS, SEEDS = 640, 4, 2
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
-def run(*arguments: str | Path, cwd: Path) -> None:
-    """Run Python in a process of its own: pages set up devices, and Sphinx changes how annotations are made."""
-    command = [sys.executable, *map(str, arguments)]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+def run(*arguments: str | Path, cwd: Path, python: str | Path = sys.executable, **variables: str) -> str:
+    """Run Python in a process of its own, and return what it prints."""
+    options = {"capture_output": True, "text": True, "check": False}
+    done = subprocess.run([python, *arguments], cwd=cwd, env=os.environ | variables, **options)
     assert done.returncode == 0, done.stdout + done.stderr
-
-
-def run_blocks(*pages: Path, cwd: Path) -> None:
-    """Run the blocks of pages; the package's warnings are part of them."""
-    run("-W", "error", "-W", "default::UserWarning", __file__, *pages, cwd=cwd)
+    return done.stdout
 
 
 def on_few(function):
-    """Let `fit` or `sweep` train on few images, few epochs and few seeds, whatever the page asks for."""
+    """Let a function train on few images, few epochs and few seeds, whatever the page asks for."""
+    has_epochs = "epochs" in inspect.signature(function).parameters
 
     @functools.wraps(function)
-    def wrapped(train, validation, *, epochs=EPOCHS, **options):
-        few = (Batch(*(leaf[:IMAGES] for leaf in part)) for part in (train, validation))
+    def wrapped(*arguments, **options):
+        few = (Batch(*(leaf[:IMAGES] for leaf in part)) if isinstance(part, Batch) else part for part in arguments)
+        options |= {"epochs": min(options.get("epochs", EPOCHS), EPOCHS)} if has_epochs else {}
         options |= {"seeds": options["seeds"][:SEEDS]} if "seeds" in options else {}
-        return function(*few, epochs=min(epochs, EPOCHS), **options)
+        return function(*few, **options)
 
     return wrapped
 
@@ -54,7 +51,9 @@ def execute(page: Path) -> None:
 
 
 if __name__ == "__main__":
-    train.fit, train.sweep = on_few(train.fit), on_few(train.sweep)
+    for name in ("fit", "sweep", "train_epoch"):
+        setattr(train, name, on_few(getattr(train, name)))
+    data.load = functools.cache(data.load)
     use_all_cores()
     for name in sys.argv[1:]:
         execute(Path(name))

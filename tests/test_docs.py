@@ -4,8 +4,8 @@ import importlib
 import re
 from pathlib import Path
 
+import pages
 import pytest
-from pages import run, run_blocks
 
 import fashion_jax
 from benchmarks import tables
@@ -19,12 +19,17 @@ each_page = pytest.mark.parametrize("page", TEXTS, ids=lambda page: page.relativ
 
 
 def test_python_blocks_run(tmp_path):
-    run_blocks(*(page for page in PAGES if "```python" in TEXTS[page]), cwd=tmp_path)
+    """In a process of their own, which pages set up; the package's warnings are part of them."""
+    documents = [page for page in PAGES if pages.BLOCK.search(TEXTS[page])]
+    options = {"cwd": tmp_path, "PYTHONPATH": str(ROOT)}
+    pages.run("-W", "error", "-W", "default::UserWarning", pages.__file__, *documents, **options)
 
 
 def test_the_documentation_builds_and_has_every_name(tmp_path):
-    run("-m", "sphinx", "--fail-on-warning", "--quiet", "-d", tmp_path / "trees", "docs", tmp_path / "html", cwd=ROOT)
-    reference = "".join(page.read_text() for page in (tmp_path / "html" / "api").glob("*.html"))
+    """In a process of its own, because Sphinx changes how annotations are made."""
+    html = tmp_path / "html"
+    pages.run("-m", "sphinx", "--fail-on-warning", "--quiet", "-d", tmp_path / "trees", "docs", html, cwd=ROOT)
+    reference = "".join(page.read_text() for page in (html / "api").glob("*.html"))
     anchors = re.findall(r'id="((?:module-)?fashion_jax[\w.]*)"', reference)
     assert len(set(anchors)) == len(anchors), "nothing is described twice"
     exported = {f"fashion_jax.{room}.{name}" for room, names in fashion_jax._MODULES.items() for name in names}
@@ -35,27 +40,27 @@ def test_the_documentation_builds_and_has_every_name(tmp_path):
     assert set(fashion_jax.__all__) <= set(re.findall(r"`(\w+)`", index))
 
 
-def slugs(text: str) -> set[str]:
-    """Return the anchors that a code host and Sphinx make of headings."""
-    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
-
-
 @each_page
-def test_links_lead_somewhere(page):
+def test_links_names_and_figures_are_right(page):
     for target, anchor in re.findall(r"\]\((?!\w+:)([^)#]*)(?:#([\w-]+))?\)", PROSE[page]):
         place = (page.parent / target).resolve() if target else page
         assert place.exists(), target
-        assert not anchor or anchor in slugs(TEXTS[place]), f"{target}#{anchor}"
+        # The anchors that a code host and Sphinx make of headings.
+        headings = re.findall(r"^#+ (.+)$", TEXTS.get(place, ""), re.MULTILINE)
+        anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+        assert not anchor or anchor in anchors, f"{target}#{anchor}"
     for name in re.findall(r"`((?:benchmarks|docs|examples|tests)/[\w./-]+)`", PROSE[page]):
         assert (ROOT / name).exists(), name
-
-
-@each_page
-def test_names_exist(page):
     for name in re.findall(r"`(fashion_jax(?:\.\w+)+)", PROSE[page]):
         module, _, member = name.rpartition(".")
         assert name in MODULES or hasattr(importlib.import_module(module), member), name
+    for block, name, content, _ in tables.BLOCK.findall(TEXTS[page]):
+        assert content.strip() == tables.TABLES[name]().strip(), block
+    records = "".join(path.read_text() for path in tables.RECORDS.rglob("report.md"))
+    for interval in re.findall(r"[+-]?\d\.\d+ \[[+-]?\d\.\d+, [+-]?\d\.\d+\]", tables.BLOCK.sub("", PROSE[page])):
+        assert interval in records
+    if page in tables.DOCUMENTS and page != tables.EXPLAINED and "<!-- table" in TEXTS[page]:
+        assert tables.strays(TEXTS[page]) == []
 
 
 def test_quoted_messages_are_those_that_tests_expect():
@@ -65,14 +70,3 @@ def test_quoted_messages_are_those_that_tests_expect():
     assert len(messages) > 10
     for message in messages:
         assert all(part.strip() in tests for part in message.split("...")), message
-
-
-@each_page
-def test_figures_are_those_of_the_records(page):
-    for block, name, content, _ in tables.BLOCK.findall(TEXTS[page]):
-        assert content.strip() == tables.TABLES[name]().strip(), block
-    records = "".join(path.read_text() for path in tables.RECORDS.rglob("report.md"))
-    for interval in re.findall(r"[+-]?\d\.\d+ \[[+-]?\d\.\d+, [+-]?\d\.\d+\]", tables.BLOCK.sub("", PROSE[page])):
-        assert interval in records
-    if page in tables.DOCUMENTS and page != tables.EXPLAINED and "<!-- table" in TEXTS[page]:
-        assert tables.strays(TEXTS[page]) == []

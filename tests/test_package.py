@@ -1,98 +1,70 @@
-"""The package as shipped: the contents of the wheel, and its types.
+"""The package as shipped: the wheel and its types. `make wheels` installs it into empty environments."""
 
-`make wheels` is the long form: it installs the wheel into empty environments.
-"""
-
-import email
 import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 import sysconfig
 import venv
 import zipfile
 from pathlib import Path
 
 import pytest
+from pages import run
 
 import fashion_jax
 
 ROOT = Path(__file__).parents[1]
 
 
-def run(*command, **options) -> subprocess.CompletedProcess:
-    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, **options)
-    assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
-    return result
-
-
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
-    """The wheel of a working tree in which a user has been at work; it is built from the sdist."""
-    tree, out = tmp_path_factory.mktemp("tree") / "tree", tmp_path_factory.mktemp("dist")
+def shipped(tmp_path_factory) -> tuple[Path, Path]:
+    """The wheel of a tree in which a user has been at work, and the Python of an environment that holds it."""
+    tree, place = tmp_path_factory.mktemp("tree") / "tree", tmp_path_factory.mktemp("installed")
     shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".git", ".venv", "runs", ".*cache*", "__pycache__"))
-    (tree / "fashion_jax" / "__pycache__").mkdir()
     for name in ("runs/saved/state", "runs/log.jsonl", ".venv/file", "fashion_jax/__pycache__/log.pyc", "notes.txt"):
         (tree / name).parent.mkdir(parents=True, exist_ok=True)
         (tree / name).write_text("a user's")
-    run(sys.executable, "-m", "build", "--outdir", out, tree)
-    (wheel,) = out.glob("*.whl")
-    return wheel
+    run("-m", "build", "--outdir", place, tree, cwd=place)
+    (wheel,) = place.glob("*.whl")
+    venv.create(place / "venv", symlinks=True)
+    python = place / "venv" / "bin" / "python"
+    run("-m", "pip", "--python", python, "install", "--no-deps", "--no-index", wheel, cwd=place)
+    # The dependencies are borrowed.
+    (lib,) = place.glob("venv/lib/python*/site-packages")
+    (lib / "borrowed.pth").write_text("\n".join({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}))
+    return wheel, python
 
 
-def test_the_wheel_holds_the_package_and_no_more(wheel):
+def test_the_wheel_holds_the_package_and_no_more(shipped):
     about = f"fashion_jax-{fashion_jax.__version__}.dist-info"
-    with zipfile.ZipFile(wheel) as archive:
-        names = set(archive.namelist())
-        metadata = email.message_from_bytes(archive.read(f"{about}/METADATA"))
+    with zipfile.ZipFile(shipped[0]) as archive:
+        names = {*archive.namelist()}
     modules = {f"fashion_jax/{path.name}" for path in (ROOT / "fashion_jax").glob("*.py")}
     others = {f"{about}/{name}" for name in ("METADATA", "WHEEL", "RECORD", "licenses/LICENSE")}
     assert names == modules | others | {"fashion_jax/py.typed"}
-    assert metadata["License-Expression"] == "Apache-2.0"
-    assert metadata.get_payload(decode=True).decode() == (ROOT / "README.md").read_text()
+    assert f"\nversion: {fashion_jax.__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 
-@pytest.fixture(scope="module")
-def installed(wheel, tmp_path_factory) -> Path:
-    """Python of an environment that holds the wheel, and borrows its dependencies."""
-    place = tmp_path_factory.mktemp("installed") / "venv"
-    venv.create(place, symlinks=True)
-    python = place / "bin" / "python"
-    run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", wheel)
-    paths = {name: sysconfig.get_path(name) for name in ("purelib", "platlib")}
-    (lib,) = place.glob("lib/python*/site-packages")
-    (lib / "borrowed.pth").write_text("\n".join(dict.fromkeys(paths.values())) + "\n")
-    return python
-
-
-def test_the_wheel_trains_without_the_repository(installed, tmp_path):
+def test_the_wheel_trains_without_the_repository(shipped, tmp_path):
     code = """
-import importlib.metadata, json, pathlib, sys
-import jax
-import fashion_jax
-from fashion_jax import data, fit, load
-from fashion_jax.report import environment
-train, test = load()
-run = fit(data.subset(train, 5_000, key=jax.random.key(0)), test, key=jax.random.key(0), epochs=1, checkpoint="saved")
-print(json.dumps({
-    "file": fashion_jax.__file__,
-    "version": environment()["versions"]["fashion_jax"],
-    "accuracy": run.history.validation.accuracy.item(),
-}))
+import json, jax, fashion_jax
+from fashion_jax import FashionMLP, TrainConfig, fit, load, report, subset
+(train, test), key, config = load(), jax.random.key(0), TrainConfig(FashionMLP((16,)))
+run = fit(subset(train, 5_000, key=key), test, key=key, config=config, epochs=1, checkpoint="saved")
+version = report.environment()["versions"]["fashion_jax"]
+print(json.dumps([fashion_jax.__file__, version, run.history.validation.accuracy.item()]))
 """
-    told = json.loads(run(installed, "-I", "-c", code, cwd=tmp_path).stdout)
-    assert Path(told["file"]).is_relative_to(installed.parents[1])
-    assert told["version"] == fashion_jax.__version__
-    assert told["accuracy"] > 0.6
+    place, version, accuracy = json.loads(run("-I", "-c", code, cwd=tmp_path, python=shipped[1]))
+    assert Path(place).is_relative_to(shipped[1].parents[1])
+    assert (version, accuracy > 0.6) == (fashion_jax.__version__, True)
 
 
-def test_the_public_interface_is_typed_throughout(installed, tmp_path):
+def test_the_public_interface_is_typed_throughout(shipped, tmp_path):
     pytest.importorskip("pyright", reason="pyright comes with `make lint`")
     # It looks for the package where an activated environment has it.
-    activated = {"VIRTUAL_ENV": str(installed.parents[1]), "PATH": f"{installed.parent}:{os.environ['PATH']}"}
-    command = [sys.executable, "-m", "pyright", "--verifytypes", "fashion_jax", "--ignoreexternal"]
-    result = run(*command, cwd=tmp_path, env=os.environ | activated)
-    assert "Type completeness score: 100%" in result.stdout
-    assert int(re.search(r'Symbols exported by "fashion_jax": (\d+)', result.stdout)[1]) > 300
+    place = shipped[1].parent
+    activated = {"VIRTUAL_ENV": str(place.parent), "PATH": f"{place}:{os.environ['PATH']}"}
+    told = run("-m", "pyright", "--verifytypes", "fashion_jax", "--ignoreexternal", cwd=tmp_path, **activated)
+    assert "Type completeness score: 100%" in told
+    assert int(re.search(r'Symbols exported by "fashion_jax": (\d+)', told)[1]) > 300
