@@ -36,6 +36,14 @@ def test_commands_exist(command):
         assert module.with_suffix(".py").exists() or (module / "__main__.py").exists()
 
 
+def test_the_answer_is_that_of_the_table():
+    answer = README.partition("## The answer")[2].partition("<!-- end")[0]
+    means = re.findall(r"^\|.*: [+-]([\d.]+) \[", answer, re.MULTILINE)
+    rise, _, narrowed, _, final, stopped, accuracy = (f"{float(mean):.3f}" for mean in means)
+    numbers = re.findall(r"^- .+ (\d\.\d+)\b", answer, re.MULTILINE)
+    assert numbers == [rise, final, narrowed, accuracy, stopped]
+
+
 def test_the_speed_is_that_of_the_records():
     def of(benchmark, machine, **entries):
         rows = tables.rows_of(benchmark, machine)
