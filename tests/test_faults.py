@@ -22,7 +22,7 @@ from sweep_worker import LINEAR, ROOT, equal, parts
 
 from fashion_jax import train
 from fashion_jax.checkpoint import Store
-from fashion_jax.train import fit
+from fashion_jax.train import fit, sweep
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals, limits and forks of POSIX")
 OPTIONS = {"key": jax.random.key(1), "config": LINEAR}
@@ -39,16 +39,16 @@ def start(code: str, *arguments) -> subprocess.Popen:
 
 
 # When all is written, while old files are removed; before a file gets its name, after an epoch.
-DEATHS = [("fsync", 2), ("unlink", 5)], [("replace", 3), ("epoch", 2)]
+FIT = {"key": 1, "epochs": 12}, [("fsync", 2), ("unlink", 5)]
+SWEEP = {"seeds": [0, 5], "learning_rate": [0.001, 0.01], "epochs": 12}, [("replace", 3), ("epoch", 2)]
 
 
 def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bytes(data, tmp_path):
     """Each time it resumes in a process of its own; the last part is trained here."""
     np.savez(tmp_path / "data.npz", *data[0], *data[1])
-    places = tmp_path / "first", tmp_path / "second"
 
-    def die(place, deaths) -> None:
-        arguments = {"key": 1, "epochs": 12, "checkpoint": place}
+    def die(name, arguments, deaths) -> None:
+        arguments = arguments | {"checkpoint": tmp_path / name}
         for number, (death, at) in enumerate(deaths):
             options = {"data": tmp_path / "data.npz", "arguments": arguments, "die_in": death, "die_at": at}
             (process,) = sweep_worker.run(options)
@@ -56,11 +56,10 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bytes(data, tmp
             assert ("resuming after epoch" in process.stderr) == (number > 0)
 
     with ThreadPoolExecutor(2) as threads:
-        list(threads.map(die, places, DEATHS))
-    expected = fit(*data, **OPTIONS, epochs=12)
-    for place in places:
-        equal(fit(*data, **OPTIONS, epochs=12, checkpoint=place), expected)
-        assert not list(place.glob(".*"))
+        list(threads.map(die, ("fit", "sweep"), *zip(FIT, SWEEP, strict=True)))
+    equal(*(fit(*data, **OPTIONS, epochs=12, checkpoint=place) for place in (tmp_path / "fit", None)))
+    equal(*(sweep(*data, config=LINEAR, **SWEEP[0], checkpoint=place) for place in (tmp_path / "sweep", None)))
+    assert not list(tmp_path.glob("*/.*"))
 
 
 HOLDING = """
