@@ -1,10 +1,10 @@
 """The benchmarks measure what they say: turns, summaries, ablations, PyTorch's loops, damaged files."""
 
 import collections
-import importlib
+import gc
 import json
 import runpy
-import signal
+from collections.abc import Iterator
 from functools import partial
 
 import jax
@@ -16,91 +16,69 @@ import tyro
 
 from benchmarks import __main__ as all_benchmarks
 from benchmarks import ablation, fuzz, harness, lanes, reference, reproduce, throughput
-from benchmarks.reference import (
-    BatchedGraphLoop,
-    BatchedLoop,
-    CompiledLoop,
-    FastLoop,
-    GraphLoop,
-    HandLoop,
-    MaskedLoop,
-    TutorialLoop,
-)
-from fashion_jax import Batch, FashionMLP, TrainConfig
+from fashion_jax import Batch, FashionMLP, TrainConfig, fit, sweep
 from fashion_jax.interop import from_torch
 from fashion_jax.train import Carry, Data, evaluate, init_state, train_step
 from fashion_jax.types import Best
 
 KEY = jax.random.key(0)
-
-
-def test_programs_take_turns_after_one_run_of_each():
-    order = []
-    seconds = harness.alternate({name: lambda name=name: order.append(name) for name in "abc"}, 2)
-    assert "".join(order) == "abcabcabc"
-    assert [len(runs) for runs in seconds.values()] == [2, 2, 2]
-
-
-def test_timings_are_summarized_and_kept():
-    row = harness.spread([1.0, 9.0, 2.0])
-    assert (row["median (s)"], row["min (s)"], row["max (s)"], row["quartiles (s)"]) == (2.0, 1.0, 9.0, [1.5, 5.5])
-    assert row["seconds"] == [1.0, 9.0, 2.0]
-    # Pair by pair 1, 3 and 1; of the medians it would be 4/3.
-    assert harness.ratio([2.0, 9.0, 4.0], [2.0, 3.0, 4.0]) == 1.0
-    rows = harness.table([{"program": "fit", "s": 1.23456, "seconds": [1]}, {"program": "sweep", "n": [3, 4.0]}])
-    assert [line.replace(" ", "") for line in rows.splitlines()[2:]] == ["|fit|1.235||", "|sweep||3-4|"]
-
-
-@pytest.mark.parametrize("device", all_benchmarks.SETS)
-def test_sets_name_benchmarks_and_their_flags(device):
-    for name, flags in all_benchmarks.SETS[device].items():
-        flags_of = importlib.import_module(f"benchmarks.{name}").Flags
-        tyro.cli(flags_of, args=[*flags, "--data-dir", "x", "--output", "y"])
+# Without hidden layers, programs compile faster.
+LINEAR = TrainConfig(model=FashionMLP(hidden=()), batch_size=20)
 
 
 @pytest.fixture
-def few(small) -> Data:
-    return Data(*(Batch(small.images[:n], small.labels[:n]) for n in (50, 30, 40)))
+def few(small) -> Iterator[Data]:
+    # Else each collection between turns would go through all that is imported, which takes longer than the turn.
+    gc.freeze()
+    yield Data(*(Batch(small.images[:n], small.labels[:n]) for n in (50, 30, 40)))
+    gc.unfreeze()
+
+
+def test_programs_take_turns_and_their_timings_are_summarized():
+    order = []
+    seconds = harness.alternate({name: lambda name=name: order.append(name) for name in "ab"}, 2)
+    assert "".join(order) == "ababab"
+    assert [len(runs) for runs in seconds.values()] == [2, 2]
+    summary = {"median (s)": 2.0, "min (s)": 1.0, "max (s)": 9.0, "quartiles (s)": [1.5, 5.5], "repetitions": 3}
+    assert harness.spread([1.0, 9.0, 2.0]) == summary | {"seconds": [1.0, 9.0, 2.0]}
+    # Pair by pair 1, 3 and 1; of the medians it would be 4/3.
+    assert harness.ratio([2.0, 9.0, 4.0], [2.0, 3.0, 4.0]) == 1.0
 
 
 def test_a_turn_is_an_epoch_and_its_evaluations(few):
-    config, evaluated = TrainConfig(model=FashionMLP(hidden=(16,)), batch_size=20), []
-    loop = FastLoop(few.train, dropout_rate=0.2, batch_size=20)
-    steps, fit, by_torch = throughput.JaxSteps(config, few), throughput.JaxFit(config, few), throughput.Torch(loop, few)
+    evaluated, loop = [], reference.FastLoop(few.train, dropout_rate=0.2, batch_size=20)
+    steps, fits = throughput.JaxSteps(LINEAR, few), throughput.JaxFit(LINEAR, few)
+    turns = {"steps": steps.turn, "fit": fits.turn, "torch": throughput.Torch(loop, few).turn}
     loop.evaluate = lambda batches: evaluated.append(sum(len(labels) for _, labels in batches))
-    for runs in harness.take_turns({"steps": steps.turn, "fit": fit.turn, "torch": by_torch.turn}, 2).values():
+    for runs in harness.take_turns(turns, 2).values():
         assert 0 < runs[1].loss < runs[0].loss
         assert all(turn.training > 0 and turn.both > 0 for turn in runs)
-    assert (int(steps.state.step), int(fit.state.step)) == (6, 6)
+    assert (int(steps.state.step), int(fits.state.step)) == (6, 6)
     assert {int(state["step"]) for state in loop.optimizer.state.values()} == {6}
     assert evaluated == [30, 40] * 2
 
 
-@pytest.fixture
-def on_one_core(few, monkeypatch):
-    """Few images, and this process as it is."""
-    monkeypatch.setattr(harness, "use_device", lambda device: device)
+@pytest.mark.parametrize("grid", [False, True])
+def test_many_models_race_those_of_pytorch(few, monkeypatch, tmp_path, grid):
+    """With few images; the grid as on a GPU, without further processes."""
+    monkeypatch.setattr(harness, "use_device", lambda device: "cpu:0" if grid else device)
     monkeypatch.setattr(harness, "load_data", lambda: few)
     monkeypatch.setattr(harness, "cores", lambda cores=harness.cores: cores()[:1])
     monkeypatch.setattr(lanes, "use_all_cores", lambda: None)
-
-
-@pytest.mark.parametrize("grid", [False, True])
-def test_many_models_race_those_of_pytorch(on_one_core, monkeypatch, tmp_path, grid):
+    monkeypatch.setattr(lanes, "fit", partial(fit, config=LINEAR))
+    monkeypatch.setattr(lanes, "sweep", partial(sweep, config=LINEAR))
     monkeypatch.setattr(lanes, "GRID", {"dropout_rate": (0.0, 0.2), "weight_decay": (0.0, 0.1)})
     lanes.main(lanes.Flags(lanes=(2,), grid=grid, compile=False, batched=True, repetitions=2, output=tmp_path))
     rows = json.loads((tmp_path / ("grid.json" if grid else "lanes.json")).read_text())["rows"]
-    by_hand = ["PyTorch, gradients by hand", "PyTorch, gradients by hand, a process on each core"]
-    eager = ["PyTorch, in memory, fused Adam", "PyTorch, the same, a process on each core"]
-    models = dict.fromkeys(by_hand, 2) | {"sweep, 4 lanes": 4}
+    by_hand, each = "PyTorch, gradients by hand", ", a process on each core"
+    models = {by_hand: 2, "sweep, 4 lanes": 4}
     if not grid:
-        together = {"PyTorch, 2 models in one step": 2, "fit": 1, "sweep, 2 lanes": 2}
-        models = dict.fromkeys(eager + by_hand, 2) | together
+        two = (lanes.EAGER, "PyTorch, the same" + each, by_hand, by_hand + each, "PyTorch, 2 models in one step")
+        models = dict.fromkeys(two, 2) | {"fit": 1, "sweep, 2 lanes": 2}
     assert {row["program"]: row["models timed"] for row in rows} == models
     for row in rows:
         assert [len(row["seconds"]), min(row["seconds"]) > 0] == [2, True]
-        ratios = [row[f"/ {other}"] for other in models if not other.startswith("sweep")]
-        assert min(ratios) > 0
+        assert min(row[f"/ {other}"] for other in models if not other.startswith("sweep")) > 0
         assert row["models x images/s"] == pytest.approx(50 / np.median(row["seconds"]))
 
 
@@ -118,12 +96,12 @@ def test_an_ablation_takes_its_device_out(few):
     assert len(set(texts)) == 1 + len(ablation.WITHOUT)
 
 
-@pytest.mark.parametrize("kind", [TutorialLoop, FastLoop, GraphLoop])
+@pytest.mark.parametrize("kind", [reference.TutorialLoop, reference.FastLoop, reference.GraphLoop])
 def test_pytorch_s_loops_are_the_experiment(small, few, kind):
     """One batch per epoch, so that its order does not matter."""
-    if kind is GraphLoop and not torch.cuda.is_available():
+    if kind is reference.GraphLoop and not torch.cuda.is_available():
         pytest.skip("a CUDA graph needs a GPU")
-    loop = kind(few.train, dropout_rate=0.0, batch_size=50, device="cuda" if kind is GraphLoop else "cpu")
+    loop = kind(few.train, dropout_rate=0.0, batch_size=50, device="cuda" if kind is reference.GraphLoop else "cpu")
     weights = {name: leaf.cpu() for name, leaf in loop.model.state_dict().items()}
     state = init_state(KEY)._replace(params=from_torch(weights))
     for _ in range(4):
@@ -132,7 +110,7 @@ def test_pytorch_s_loops_are_the_experiment(small, few, kind):
     np.testing.assert_allclose(loop.evaluate(loop.prepare(small)), evaluate(state.params, small), rtol=1e-3)
 
 
-@pytest.mark.parametrize("kind", [TutorialLoop, FastLoop])
+@pytest.mark.parametrize("kind", [reference.TutorialLoop, reference.FastLoop])
 def test_pytorch_s_loops_shuffle_and_drop_units_while_they_train_only(few, kind):
     loop = kind(few.train, dropout_rate=0.5, batch_size=20)
     batches, seen = loop.prepare(few.train), []
@@ -163,56 +141,45 @@ def test_a_reader_that_misses_damage_is_found_out():
     assert [ends(load) for load in (lambda _: False, lambda _: int("x"), {}.pop)] == [{end} for end in fuzz.FAILURES]
 
 
-@pytest.mark.parametrize(("learning_rate", "weight_decay"), [(0.003, 0.0), (0.01, 1.0)])
-def test_gradients_by_hand_and_one_function_a_step_are_autograd(few, learning_rate, weight_decay):
-    options = {"dropout_rate": 0.2, "batch_size": 20}
+def drawn_masks(*shape: int) -> list[torch.Tensor]:
+    return [torch.empty(*shape, width).bernoulli_(0.8).div_(0.8) for width in reference.HIDDEN]
+
+
+# Adam, the default, and AdamW with two numbers whose product is exact in float32.
+@pytest.mark.parametrize(("learning_rate", "weight_decay"), [(0.003, 0.0), (2**-10, 8.0)])
+def test_steps_by_hand_and_in_one_function_are_autograd_and_adamw_in_float64(few, learning_rate, weight_decay):
     numbers = {"learning_rate": learning_rate, "weight_decay": weight_decay} if weight_decay else {}
-    loops = [MaskedLoop(few.train, **options)]
-    loops += [kind(few.train, **options, **numbers) for kind in (HandLoop, CompiledLoop)]
-    loops[0].optimizer = torch.optim.AdamW(loops[0].model.parameters(), learning_rate, weight_decay=weight_decay)
-    loops[2].update = reference._update  # What torch.compile compiles, which takes a minute.
-    masks = [torch.empty(50, width).bernoulli_(0.8).div_(0.8) for width in (256, 128, 64)]
-    order = torch.randperm(50)
-    first, *others = (loop.train_on(order, masks).tolist() for loop in loops)  # The last batch is short.
-    for losses in others:
-        assert losses == pytest.approx(first, rel=1e-5)
-    first, *others = ([param.detach().numpy() for param in loop.model.parameters()] for loop in loops)
-    for params in others:
-        for ours, theirs in zip(params, first, strict=True):
-            # Adam's first steps are 0.003 each, whatever the gradient's size.
-            np.testing.assert_allclose(ours, theirs, atol=2e-4)
+    options = {"dropout_rate": 0.2, "batch_size": 20}
+    exact = reference.MaskedLoop(few.train, **options)
+    by_hand, in_one = (kind(few.train, **options, **numbers) for kind in (reference.HandLoop, reference.CompiledLoop))
+    in_one.update = reference._update  # What torch.compile compiles, which takes a minute.
+    for tensors in (in_one.params, *in_one.moments, in_one.numbers):
+        tensors[:] = [tensor.double() for tensor in tensors]
+    in_one.images, in_one.inputs = in_one.images.double(), in_one.inputs.double()
+    params = list(exact.model.double().parameters())
+    exact.optimizer = torch.optim.AdamW(params, learning_rate, weight_decay=weight_decay)
+    order, masks, losses = torch.randperm(50), drawn_masks(50), []
+    doubled = [mask.double() for mask in masks]
+    for i, rows in enumerate(order.split(20)):  # The last batch is short.
+        parts = [mask.split(20)[i] for mask in doubled]
+        losses.append(exact.masked_step(in_one.images[rows], in_one.labels[rows], *parts).item())
+    np.testing.assert_allclose(in_one.train_on(order, doubled), losses, rtol=1e-9)
+    np.testing.assert_allclose(by_hand.train_on(order, masks), losses, rtol=1e-5)
+    for param, ours, theirs in zip(params, in_one.params, by_hand.model.parameters(), strict=True):
+        np.testing.assert_allclose(ours, param.detach(), rtol=1e-9, atol=1e-12)
+        # In float32, because Adam's first steps have one length, whatever the gradient's size.
+        np.testing.assert_allclose(theirs.detach(), param.detach(), atol=2e-4)
 
 
-def test_gradients_by_hand_are_those_of_autograd_in_float64(few):
-    loop = HandLoop(few.train, dropout_rate=0.2, batch_size=50)
+@pytest.mark.parametrize("batch_size", [50, 64])
+def test_gradients_by_hand_are_those_of_autograd_in_float64(few, batch_size):
+    loop, masks = reference.HandLoop(few.train, dropout_rate=0.2, batch_size=batch_size), drawn_masks(50)
     params = [param.detach().double().requires_grad_() for param in loop.model.parameters()]
-    masks = [torch.empty(50, width).bernoulli_(0.8).div_(0.8) for width in (256, 128, 64)]
     loop.train_on(torch.arange(50), masks)
     loss = reference.masked_loss(params, loop.images.double(), loop.labels, [mask.double() for mask in masks])
     grads = torch.autograd.grad(loss, params)
     for layer, weight, bias in zip(loop.layers(50), grads[::2], grads[1::2], strict=True):
         np.testing.assert_allclose(layer.grad, torch.cat([weight.t(), bias[None]]), rtol=1e-4, atol=1e-6)
-
-
-def test_one_function_a_step_is_adamw_in_float64(few):
-    numbers = {"learning_rate": 2**-7, "weight_decay": 2**-3}  # Their product is exact in float32.
-    loop = CompiledLoop(few.train, dropout_rate=0.2, batch_size=20, **numbers)
-    loop.update = reference._update
-    for tensors in (loop.params, *loop.moments, loop.numbers, loop.masks):
-        tensors[:] = [tensor.double() for tensor in tensors]
-    loop.images, loop.inputs = loop.images.double(), loop.inputs.double()
-    params = [param.clone().requires_grad_() for param in loop.params]
-    optimizer = torch.optim.AdamW(params, lr=2**-7, weight_decay=2**-3)
-    for mask in loop.masks:
-        reference.draw(mask, 0.2)
-    order = torch.randperm(50)
-    loop.train_on(order, loop.masks)
-    for rows, *masks in zip(order.split(20), *(mask.split(20) for mask in loop.masks), strict=True):
-        optimizer.zero_grad()
-        reference.masked_loss(params, loop.images[rows], loop.labels[rows], masks).backward()
-        optimizer.step()
-    for ours, theirs in zip(loop.params, params, strict=True):
-        np.testing.assert_allclose(ours, theirs.detach(), rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("rate", [0.2, 0.5])
@@ -227,19 +194,17 @@ def test_masks_drop_units_at_the_rate_and_make_up_for_it(rate):
 
 
 def test_each_of_many_models_in_a_step_is_as_if_trained_alone(few):
-    together = BatchedLoop(few.train, dropout_rate=[0.2] * 3, batch_size=20)
-    alone = [MaskedLoop(few.train, dropout_rate=0.2, batch_size=20) for _ in range(3)]
-    with torch.no_grad():
-        for i, loop in enumerate(alone):
-            linears = [layer for layer in loop.model.children() if isinstance(layer, torch.nn.Linear)]
-            for linear, weight, bias in zip(linears, together.model.weights, together.model.biases, strict=True):
-                linear.weight.copy_(weight[i].t())
-                linear.bias.copy_(bias[i, 0])
+    together = reference.BatchedLoop(few.train, dropout_rate=[0.2] * 3, batch_size=20)
+    alone = [reference.MaskedLoop(few.train, dropout_rate=0.2, batch_size=20) for _ in range(3)]
+    for i, loop in enumerate(alone):
+        layers = zip(("fc1", "fc2", "fc3", "fc4"), together.model.weights, together.model.biases, strict=True)
+        params = {name: {"kernel": weight.data[i], "bias": bias.data[i, 0]} for name, weight, bias in layers}
+        reference.set_params(loop.model, params)
     for loop in (together, *alone):
         loop.model.double()
         loop.images = loop.images.double()
     for rows in together.order().split(20, dim=1):  # The last batch is short.
-        masks = [torch.empty(3, rows.shape[1], width).double().bernoulli_(0.8).div_(0.8) for width in (256, 128, 64)]
+        masks = [mask.double() for mask in drawn_masks(*rows.shape)]
         together.model.masks = lambda n, masks=masks: masks
         steps = [(loop.images[order], loop.labels[order]) for loop, order in zip(alone, rows, strict=True)]
         losses = [loop.masked_step(*steps[i], *(mask[i] for mask in masks)).item() for i, loop in enumerate(alone)]
@@ -251,7 +216,7 @@ def test_each_of_many_models_in_a_step_is_as_if_trained_alone(few):
 
 def test_many_models_in_a_step_have_their_own_order_rate_and_weights(few):
     rates = [0.0, 0.2, 0.5]
-    loop = BatchedLoop(few.train, dropout_rate=rates, batch_size=20)
+    loop = reference.BatchedLoop(few.train, dropout_rate=rates, batch_size=20)
     orders = loop.order()
     np.testing.assert_array_equal(orders.sort(dim=1).values, [range(50)] * 3)
     assert len(orders.unique(dim=0)) == 3
@@ -268,19 +233,19 @@ def test_many_models_in_a_step_have_their_own_order_rate_and_weights(few):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
 def test_a_recorded_step_of_many_models_is_a_step_of_them(few):
-    recorded, eager = (
-        kind(few.train, dropout_rate=[0.0] * 3, batch_size=20, device="cuda")
-        for kind in (BatchedGraphLoop, BatchedLoop)
-    )
+    options = {"dropout_rate": [0.0] * 3, "batch_size": 20, "device": "cuda"}
+    recorded, eager = reference.BatchedGraphLoop(few.train, **options), reference.BatchedLoop(few.train, **options)
     eager.model.load_state_dict(recorded.model.state_dict())
-    for _ in range(3):
-        for rows in eager.order().split(20, dim=1):
-            np.testing.assert_allclose(recorded.step(rows).cpu(), eager.step(rows).cpu(), rtol=1e-4)
+    for rows in (rows for _ in range(3) for rows in eager.order().split(20, dim=1)):
+        np.testing.assert_allclose(recorded.step(rows).cpu(), eager.step(rows).cpu(), rtol=1e-4)
 
 
-@pytest.mark.parametrize("step", reproduce.STEPS)
-def test_steps_name_scripts_and_their_flags(step):
-    program, *flags = reproduce.STEPS[step]
+SETS = [("-m", f"benchmarks.{name}", *flags) for each in all_benchmarks.SETS.values() for name, flags in each.items()]
+
+
+@pytest.mark.parametrize("command", SETS + list(reproduce.STEPS.values()), ids=" ".join)
+def test_sets_and_steps_name_scripts_and_their_flags(command):
+    program, *flags = command
     if program == "-m":
         program, flags = flags[0].replace(".", "/") + ".py", flags[1:]
     else:
@@ -293,7 +258,6 @@ def test_a_failed_step_does_not_end_the_others_and_is_tried_again(tmp_path, monk
     code = "import pathlib, sys; path = pathlib.Path(sys.argv[2] + '.tried'); tried = path.exists(); path.touch(); "
     steps = {"fails": ("-c", code + "sys.exit(not tried)"), "works": ("-c", code + "sys.exit(tried)")}
     monkeypatch.setattr(reproduce, "STEPS", steps)
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
     flags = reproduce.Flags(only=("fails", "works"), output=tmp_path)
     record = tmp_path / "reproduce.json"
     assert reproduce.main(flags) == 1
