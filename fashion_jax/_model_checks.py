@@ -4,6 +4,7 @@ They raise errors as `_checks` does, which holds those of single values.
 """
 
 import functools
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -55,7 +56,9 @@ def structure(config: Any) -> None:
     try:
         hash(config)
     except TypeError as error:
-        raise TypeError(f"every field must be hashable, such as a tuple in place of a list: {error}") from None
+        # Flax shows the whole module, over several lines.
+        told = textwrap.shorten(str(error), 80, placeholder=" ...")
+        raise TypeError(f"every field must be hashable, such as a tuple in place of a list: {told}") from None
 
 
 def experiment(config: Any, train: Batch, validation: Batch, lanes: Sequence[tuple[Any, Mapping[str, float]]]) -> None:

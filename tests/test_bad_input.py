@@ -124,6 +124,11 @@ FIELDS = [
     ({"batch_size": None}, T, "^batch_size must be an integer, got None"),
     ({"eval_batch_size": True}, T, "^eval_batch_size must be an integer, got True"),
     ({"train_eval_size": 0}, V, "^train_eval_size must be at least 1, got 0"),
+    (
+        {"model": FashionMLP(hidden=(np.ones(1),))},
+        T,
+        "^every field must be hashable, such as a tuple .*: Failed to hash",
+    ),
     ({"lr": 0.1}, T, "^TrainConfig has no field 'lr'; .* you mean learning_rate of fit and sweep"),
 ]
 SWEEP = [

@@ -86,8 +86,3 @@ def test_another_value_changes_the_step_and_compiles_nothing(batch):
         losses.add(float(metrics.loss))
         programs.add((init_state._cache_size(), train_step._cache_size(), train_epoch._cache_size()))
     assert (len(losses), len(programs)) == (len(names) + 1, 1)
-
-
-def test_fields_must_be_hashable():
-    with pytest.raises(TypeError, match="every field must be hashable, such as a tuple in place of a list"):
-        TrainConfig(model=TwoRates(width=[8]))
