@@ -18,7 +18,6 @@ from sweep_worker import same
 
 from fashion_jax import data, sources
 from fashion_jax.catalog import DATA_SETS, FILES
-from fashion_jax.train import fit
 from fashion_jax.types import Batch, Splits
 
 KEY = jax.random.key(0)
@@ -34,6 +33,10 @@ def published(splits) -> dict[str, bytes]:
     return dict(zip(FILES, map(idx_bytes, (*splits.train, *splits.test)), strict=True))
 
 
+def zipped(splits) -> dict[str, bytes]:
+    return {f"{name}.gz": gzip.compress(content, mtime=0) for name, content in published(splits).items()}
+
+
 def write(place: Path, files) -> Path:
     for name, content in files.items():
         (place / name).parent.mkdir(parents=True, exist_ok=True)
@@ -41,14 +44,17 @@ def write(place: Path, files) -> Path:
     return place
 
 
-def register(monkeypatch, name: str, **changes) -> None:
-    """Change what is known of a published data set."""
-    monkeypatch.setitem(DATA_SETS, name, DATA_SETS[name]._replace(**changes))
+def sums(files: dict[str, bytes]) -> dict[str, str]:
+    return {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
 
 
 def digests(place: Path) -> dict[str, str]:
-    paths = [path for path in place.rglob("*") if path.is_file()]
-    return {str(path.relative_to(place)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+    return sums({str(path.relative_to(place)): path.read_bytes() for path in place.rglob("*") if path.is_file()})
+
+
+def register(monkeypatch, name: str, **changes) -> None:
+    """Change what is known of a published data set."""
+    monkeypatch.setitem(DATA_SETS, name, DATA_SETS[name]._replace(**changes))
 
 
 @pytest.fixture
@@ -59,21 +65,20 @@ def tiny(splits, monkeypatch, tmp_path) -> Splits:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(sources, "DEBIAN_DIR", tmp_path / "debian")
     parts = Splits(*(Batch(batch.images[:n], batch.labels[:n]) for batch, n in zip(splits, (30, 20), strict=True)))
-    sums = {name: hashlib.sha256(content).hexdigest() for name, content in published(parts).items()}
     for name in DATA_SETS:
         register(monkeypatch, name, url="http://127.0.0.1:9/")
-    register(monkeypatch, "fashion_mnist", digests=sums)
+    register(monkeypatch, "fashion_mnist", digests=sums(published(parts)))
     return parts
 
 
 @contextlib.contextmanager
 def host(monkeypatch, answer):
-    """Serve `answer(name, n)`, the whole response to the n-th request for a file, or None to fall silent."""
+    """Serve `answer(path, n)`, the whole response to the n-th request for a file, or None to fall silent."""
     requests, end = [], threading.Event()
 
     class Handler(BaseHTTPRequestHandler):  # It answers HEAD with 501, as some proxies do.
         def do_GET(self):
-            requests.append(self.path.strip("/").removesuffix(".gz"))
+            requests.append(Path(self.path))
             response = answer(requests[-1], requests.count(requests[-1]))
             self.wfile.write(response) if response is not None else end.wait()
 
@@ -193,7 +198,7 @@ FAULTS = {
 @pytest.mark.parametrize("kind", FAULTS)
 def test_faults_of_the_host(tiny, tmp_path, monkeypatch, kind):
     answer, message = FAULTS[kind]
-    with host(monkeypatch, lambda name, n: answer(published(tiny)[name], n)):
+    with host(monkeypatch, lambda file, n: answer(published(tiny)[file.stem], n)):
         monkeypatch.setattr(sources, "PROBE_SECONDS", 0.3 if kind == "silent" else 60)
         monkeypatch.setattr(sources, "STALL_SECONDS", 0.3 if kind == "silent midway" else 60)
         with pytest.raises(FileNotFoundError, match=message):
@@ -222,8 +227,8 @@ OBSTACLES = {
 def test_obstacles_cost_no_more_than_a_copy(tiny, tmp_path, monkeypatch, caplog, kind):
     """The host breaks off twice, too."""
     obstruct, message, prepared = OBSTACLES[kind]
-    files = {name: whole(gzip.compress(content)) for name, content in published(tiny).items()}
-    with host(monkeypatch, lambda name, n: files[name] if n == 3 else files[name][:-9]):
+    files = zipped(tiny)
+    with host(monkeypatch, lambda file, n: whole(files[file.name])[: None if n == 3 else -9]):
         obstruct(monkeypatch, tmp_path)
         before = digests(tmp_path)
         same(data.load(), tiny)
@@ -261,13 +266,12 @@ print(data.load())
 
 @pytest.mark.filterwarnings("ignore")
 def test_two_processes_at_once_download_and_prepare_one_copy(tiny, tmp_path, monkeypatch):
-    files = published(tiny)
-    with host(monkeypatch, lambda name, _: whole(files[name])) as requests:
+    with host(monkeypatch, lambda file, _: whole(published(tiny)[file.stem])) as requests:
         fashion = DATA_SETS["fashion_mnist"]
         command = [sys.executable, "-c", LOAD, fashion.url, *fashion.digests.values()]
         processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
         assert all(process.communicate()[0].endswith(f"{tiny!r}\n") for process in processes)
-    assert sorted(requests) == sorted(FILES)
+    assert sorted(file.stem for file in requests) == sorted(FILES)
     assert digests(tmp_path / CACHE).items() >= fashion.digests.items()
     tfds = pytest.importorskip("tensorflow_datasets")
     stock = tfds.data_source("fashion_mnist", split="test", data_dir=tmp_path / TFDS, download=False)
@@ -276,74 +280,60 @@ def test_two_processes_at_once_download_and_prepare_one_copy(tiny, tmp_path, mon
 
 
 @pytest.fixture
-def relatives(tiny, splits, monkeypatch) -> dict[str, dict[str, bytes]]:
-    """Forty other images as MNIST, twenty as KMNIST: the published files of each, gzipped."""
+def relatives(tiny, splits, monkeypatch) -> dict[str, Splits]:
+    """Forty other images that count as MNIST, and twenty as KMNIST, of which one digest is of a gzipped file."""
     found = {"fashion_mnist": tiny}
     for name, rows in {"mnist": slice(100, 140), "kmnist": slice(200, 220)}.items():
         found[name] = Splits(*(Batch(*(leaf[rows] for leaf in batch)) for batch in splits))
-    files = {}
-    for name, parts in found.items():
-        contents = published(parts)
-        files[name] = {f"{file}.gz": gzip.compress(content) for file, content in contents.items()}
+        files, gzipped = published(found[name]), zipped(found[name])
         if name == "kmnist":
-            del contents[FILES[0]]
-            contents[f"{FILES[0]}.gz"] = files[name][f"{FILES[0]}.gz"]
-        sums = {file: hashlib.sha256(content).hexdigest() for file, content in contents.items()}
-        register(monkeypatch, name, digests=sums)
-    return files
-
-
-def holds_what_is_in(files: dict[str, bytes], splits) -> bool:
-    return list(map(gzip.decompress, files.values())) == list(published(splits).values())
+            files = {f"{FILES[0]}.gz": gzipped[f"{FILES[0]}.gz"]} | {file: files[file] for file in FILES[1:]}
+        register(monkeypatch, name, digests=sums(files))
+    return found
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_each_data_set_has_a_cache_of_its_own(relatives, tmp_path, monkeypatch):
-    by_path = {
-        file if name == "fashion_mnist" else f"{name}/{file}": content
-        for name, files in relatives.items()
-        for file, content in files.items()
-    }
-    with host(monkeypatch, lambda path, _: whole(by_path[f"{path}.gz"])):
-        for name, files in relatives.items():
-            assert holds_what_is_in(files, data.load(name))
+    with host(monkeypatch, lambda file, _: whole(zipped(relatives[file.parent.name or "fashion_mnist"])[file.name])):
+        for name, parts in relatives.items():
+            same(data.load(name), parts)
     for source in ("idx", "tfds"):
-        for name, files in relatives.items():
-            assert holds_what_is_in(files, data.load(name, source=source))
+        for name, parts in relatives.items():
+            same(data.load(name, source=source), parts)
 
 
 def test_one_directory_holds_them_all(relatives, tmp_path, capsys, caplog):
     """As torchvision lays them out, or each in a directory of its name beside Fashion-MNIST's files."""
     caplog.set_level(logging.INFO, "fashion_jax")  # `main` would leave it so.
-    folders = {"fashion_mnist": "FashionMNIST/raw/", "mnist": "MNIST/raw/", "kmnist": "KMNIST/raw/"}
-    for place in (tmp_path / "torchvision", tmp_path / "own"):
-        for name, files in relatives.items():
-            folder = folders[name] if place.name == "torchvision" else f"{name}/".removeprefix("fashion_mnist/")
-            write(place / folder, files)
-        for name, files in relatives.items():
-            assert holds_what_is_in(files, data.load(name, data_dir=place))
+    for place, folders in (
+        (tmp_path / "torchvision", ("FashionMNIST/raw", "MNIST/raw", "KMNIST/raw")),
+        (tmp_path / "own", ("", "mnist", "kmnist")),
+    ):
+        for folder, parts in zip(folders, relatives.values(), strict=True):
+            write(place / folder, zipped(parts))
+        for name, parts in relatives.items():
+            same(data.load(name, data_dir=place), parts)
     assert data.main(["--name", "mnist", "--data-dir", str(place)]) == 0
     assert capsys.readouterr().out == "MNIST: 40 training images and 40 test images\n"
     with pytest.raises(ValueError, match=f"{place}/t10k-images-.* does not hold Fashion-MNIST's t10k-images"):
-        data.load(data_dir=write(place, relatives["mnist"]))
+        data.load(data_dir=write(place, zipped(relatives["mnist"])))
     with pytest.raises(FileNotFoundError, match=r"no MNIST in .* name it by data_dir or \$FASHION_JAX_DATA$"):
         data.load("mnist")
 
 
 def test_a_file_of_which_only_the_gzipped_digest_is_known(relatives, tmp_path, monkeypatch):
-    files, name = relatives["kmnist"], f"{FILES[0]}.gz"
-    again = gzip.compress(gzip.decompress(files[name]), mtime=1)
-    place = write(tmp_path / "again", files | {name: again})
+    parts, name = relatives["kmnist"], f"{FILES[0]}.gz"
+    other = zipped(parts) | {name: gzip.compress(published(parts)[FILES[0]], mtime=1)}
+    place = write(tmp_path / "other", other)
     with pytest.raises(ValueError, match=f"{place / name} does not hold KMNIST's train-images-idx3-ubyte"):
         data.load("kmnist", data_dir=place)
     with (
-        host(monkeypatch, lambda path, _: whole((files | {name: gzip.decompress(again)})[f"{Path(path).name}.gz"])),
+        host(monkeypatch, lambda file, _: whole(gzip.decompress(other[file.name]))),
         pytest.raises(FileNotFoundError, match="the answer does not hold KMNIST's train-images-idx3-ubyte"),
     ):
         data.load("kmnist")
     (place / name).unlink()
-    write(place, {FILES[0]: gzip.decompress(again)})
-    assert holds_what_is_in(files, data.load("kmnist", data_dir=place))
+    same(data.load("kmnist", data_dir=write(place, published(parts))), parts)
     write(place, {FILES[0]: idx_bytes(np.zeros((19, 28, 28), np.uint8))})
     with pytest.raises(ValueError, match=r"holds training images \[19, 28, 28\] for 20 labels; fetch train-images"):
         data.load("kmnist", data_dir=place)
@@ -362,15 +352,6 @@ def test_tfds_knows_the_same_data_sets(name, tmp_path):
     assert {file.removesuffix(".gz") for file in ours.digests} == set(FILES)
     for file, digest in ours.digests.items():
         assert digest == downloads[file].checksum if file in downloads else len(digest) == 64
-
-
-def test_digits_are_learned():
-    """Images of another size, from scikit-learn."""
-    digits = pytest.importorskip("sklearn.datasets").load_digits()
-    batch = Batch((digits.images * 255 / 16).astype(np.uint8), digits.target)
-    rest, held_out = data.hold_out(batch, 0.2, key=KEY)
-    run = fit(rest, held_out, key=KEY, epochs=8)
-    assert run.history.validation.accuracy[-1] > 0.9
 
 
 def test_the_script_falls_back_to_debian_s_package(tiny, splits, tmp_path):
