@@ -227,8 +227,7 @@ def test_a_damaged_tfds_data_set(tiny, tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("TFDS_DATA_DIR", str(place))
     sources._prepare_tfds(DATA_SETS["fashion_mnist"], tiny, [place])
     (record,) = place.glob("*/*/*train.array_record*")
-    content = record.read_bytes()
-    for damaged in (flip(content, 5_000), content[:-9], b""):
+    for damaged in (flip(record.read_bytes(), 5_000), record.read_bytes()[:-9], b""):
         record.write_bytes(damaged)
         with pytest.raises(ValueError, match=f"{place}/fashion_mnist/3.0.1, split 'train', "):
             data.load(data_dir=place)
@@ -251,15 +250,14 @@ print(data.load())
 @pytest.mark.filterwarnings("ignore")
 def test_two_processes_at_once_download_and_prepare_one_copy(tiny, tmp_path, monkeypatch):
     with host(monkeypatch, lambda file, _: whole(published(tiny)[file.stem])) as requests:
-        fashion = DATA_SETS["fashion_mnist"]
-        command = [sys.executable, "-c", LOAD, fashion.url, *fashion.digests.values()]
+        url, known = DATA_SETS["fashion_mnist"].url, DATA_SETS["fashion_mnist"].digests
+        command = [sys.executable, "-c", LOAD, url, *known.values()]
         processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
         assert all(process.communicate()[0].endswith(f"{tiny!r}\n") for process in processes)
     assert sorted(file.stem for file in requests) == sorted(FILES)
-    assert digests(tmp_path / CACHE).items() >= fashion.digests.items()
+    assert digests(tmp_path / CACHE).items() >= known.items()
     tfds = pytest.importorskip("tensorflow_datasets")
-    stock = tfds.data_source("fashion_mnist", split="test", data_dir=tmp_path / TFDS, download=False)
-    assert len(stock) == 20
+    assert len(tfds.data_source("fashion_mnist", split="test", data_dir=tmp_path / TFDS, download=False)) == 20
     same(data.load(source="tfds"), tiny)
 
 
