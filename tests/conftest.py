@@ -34,6 +34,12 @@ def small(splits) -> Batch:
 
 
 @pytest.fixture(scope="session")
+def data(small, splits) -> tuple[Batch, Batch]:
+    """Training data of four steps per epoch, the last one with 8 images, and validation data."""
+    return Batch(*(leaf[:200] for leaf in small)), Batch(*(leaf[:300] for leaf in splits.test))
+
+
+@pytest.fixture(scope="session")
 def trained(splits) -> Run:
     """A network that has learned something, with dropout 0.2, from 10,000 images."""
     from fashion_jax import data, train

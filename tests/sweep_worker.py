@@ -27,11 +27,6 @@ CONFIG = TrainConfig(model=FashionMLP(hidden=(16,)), optimizer=optax.adamw, trai
 LINEAR = TrainConfig(model=FashionMLP(hidden=()), optimizer=optax.adamw)
 
 
-def parts(small: Batch, splits) -> tuple[Batch, Batch]:
-    """Four steps per epoch, the last one with 8 images."""
-    return Batch(*(leaf[:200] for leaf in small)), Batch(*(leaf[:300] for leaf in splits.test))
-
-
 def leaves(result) -> list[np.ndarray]:
     """The arrays of a `Run` or a `Sweep`."""
     return [np.asarray(leaf) for leaf in jax.tree.leaves((result.state, result.history, result.best))]
@@ -44,6 +39,10 @@ def same(first, second) -> None:
 def equal(first, second) -> None:
     for a, b in zip(leaves(first), leaves(second), strict=True):
         assert (a.dtype, a.shape, a.tobytes()) == (b.dtype, b.shape, b.tobytes())
+
+
+def close(first, second, **tolerance) -> None:
+    jax.tree.map(functools.partial(np.testing.assert_allclose, **tolerance), first, second)
 
 
 def run(*options: dict) -> list[subprocess.CompletedProcess]:

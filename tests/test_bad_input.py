@@ -16,7 +16,7 @@ import numpy as np
 import optax
 import pytest
 import torch
-from sweep_worker import LINEAR, ROOT, equal, parts
+from sweep_worker import LINEAR, ROOT, equal
 
 from fashion_jax import FashionMLP, TrainConfig, _checks, devices, load, predict, subset
 from fashion_jax.callbacks import Progress
@@ -38,8 +38,8 @@ FREE = TrainConfig(model=LINEAR.model, optimizer=optax.contrib.schedule_free_sgd
 
 
 @pytest.fixture(scope="module")
-def data(small, splits) -> Batch:
-    return parts(small, splits)[0]
+def data(data) -> Batch:
+    return data[0]
 
 
 def run(data, train=None, **changes):

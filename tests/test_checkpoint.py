@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from sweep_worker import CONFIG, LINEAR, equal, parts
+from sweep_worker import CONFIG, LINEAR, equal
 
 from fashion_jax import FashionMLP, TrainConfig
 from fashion_jax.checkpoint import Checkpoints, Store
@@ -24,11 +24,6 @@ from fashion_jax.train import fit, sweep
 
 KEY = jax.random.key(1)
 OPTIONS = {"key": KEY, "config": CONFIG, "learning_rate": 0.02, "dropout_rate": 0.2}
-
-
-@pytest.fixture(scope="module")
-def data(small, splits):
-    return parts(small, splits)
 
 
 @pytest.fixture(scope="module")

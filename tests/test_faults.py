@@ -18,7 +18,7 @@ import jax
 import numpy as np
 import pytest
 import sweep_worker
-from sweep_worker import LINEAR, ROOT, equal, parts
+from sweep_worker import LINEAR, ROOT, equal
 
 from fashion_jax import train
 from fashion_jax.checkpoint import Store
@@ -26,11 +26,6 @@ from fashion_jax.train import fit, sweep
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals, limits and forks of POSIX")
 OPTIONS = {"key": jax.random.key(1), "config": LINEAR}
-
-
-@pytest.fixture(scope="module")
-def data(small, splits):
-    return parts(small, splits)
 
 
 def start(code: str, *arguments) -> subprocess.Popen:

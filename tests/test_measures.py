@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from sweep_worker import equal, parts
+from sweep_worker import equal
 
 from fashion_jax import FashionMLP, JsonLines, TrainConfig, fit, judge, predict, sweep
 from fashion_jax.callbacks import EarlyStopping, Progress, read_json_lines
@@ -29,11 +29,6 @@ METRICS = {
 }
 MEASURED = TrainConfig(model=MODEL, metrics=METRICS, eval_batch_size=70)
 SELDOM = TrainConfig(model=MODEL, evaluate_every=3)
-
-
-@pytest.fixture(scope="module")
-def data(small, splits):
-    return parts(small, splits)
 
 
 def test_metrics_of_one_s_own_arrive_in_the_history_with_its_axes(data, tmp_path):

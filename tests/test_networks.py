@@ -1,6 +1,5 @@
 """Networks of other kinds: with statistics of their batches, with convolutions, written in NNX."""
 
-import functools
 import re
 
 import flax.linen as nn
@@ -9,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from sweep_worker import equal, parts
+from sweep_worker import close, equal
 
 from fashion_jax import TrainConfig, evaluate, fit, predict, predict_mc, sweep
 from fashion_jax._convolution import convolve
@@ -63,15 +62,6 @@ class LinenPerceptron(nn.Module):
                 key = jax.random.fold_in(jax.random.fold_in(step, i), 0)
                 x = jnp.where(jax.random.uniform(key, x.shape) >= self.dropout_rate, x / (1 - self.dropout_rate), 0)
         return nn.log_softmax(nn.Dense(10, name="fc4")(x))
-
-
-@pytest.fixture(scope="module")
-def data(small, splits):
-    return parts(small, splits)
-
-
-def close(first, second, **tolerance):
-    jax.tree.map(functools.partial(np.testing.assert_allclose, **tolerance), first, second)
 
 
 def test_an_nnx_network_trains_as_in_linen(data):

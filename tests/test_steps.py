@@ -1,14 +1,12 @@
 """Steps, epochs and evaluations: every example counts once, and nothing else counts."""
 
-import functools
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from sweep_worker import same
+from sweep_worker import close, same
 
 from fashion_jax.config import TrainConfig, negative_log_likelihood
 from fashion_jax.model import FashionMLP, normalize
@@ -45,10 +43,6 @@ def state():
 
 def part(batch, rows) -> Batch:
     return jax.tree.map(lambda leaf: leaf[rows], batch)
-
-
-def close(first, second, **tolerance):
-    jax.tree.map(functools.partial(np.testing.assert_allclose, **tolerance), first, second)
 
 
 def test_the_key_determines_the_initial_state(state):

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 import sweep_worker
-from sweep_worker import CONFIG, LINEAR, equal, leaves, parts, same
+from sweep_worker import CONFIG, LINEAR, equal, leaves, same
 
 from fashion_jax import FashionMLP, TrainConfig
 from fashion_jax.devices import _map, lanes_that_fit
@@ -23,11 +23,6 @@ GRID = {"dropout_rate": (0.0, 0.2), "learning_rate": (1e-3, 3e-3, 1e-2), "weight
 # In another layout, losses after eight steps differ by 3e-7; lanes of other numbers by 1e-3. Parameters differ by 6e-5:
 # where a gradient is all but 0, Adam divides rounding by rounding, and a step is as large as the learning rate, 1e-2.
 LOSSES, PARAMETERS = {"rtol": 1e-4, "atol": 1e-5}, {"rtol": 1e-4, "atol": 2e-3}
-
-
-@pytest.fixture(scope="module")
-def data(small, splits):
-    return parts(small, splits)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """One run: `fit` returns the same as a loop over the steps."""
 
 import contextlib
-import functools
 import mmap
 
 import jax
@@ -9,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from sweep_worker import CONFIG, LINEAR, equal, parts, same
+from sweep_worker import CONFIG, LINEAR, close, equal, same
 
 from fashion_jax import FashionMLP, TrainConfig, subset
 from fashion_jax.train import evaluate, fit, init_state, train_epoch
@@ -21,17 +20,8 @@ OPTIONS = {"key": KEY, "config": CONFIG, "learning_rate": 0.02, "dropout_rate": 
 
 
 @pytest.fixture(scope="module")
-def data(small, splits):
-    return parts(small, splits)
-
-
-@pytest.fixture(scope="module")
 def whole(data):
     return fit(*data, **OPTIONS, epochs=10)
-
-
-def close(first, second, **tolerance):
-    jax.tree.map(functools.partial(np.testing.assert_allclose, **tolerance), first, second)
 
 
 def test_the_same_arguments_give_the_same_run(data, whole):
