@@ -30,6 +30,8 @@ data: $(INSTALLED)
 test: export JAX_COMPILATION_CACHE_DIR := $(CURDIR)/$(VENV)/programs
 test: export JAX_COMPILATION_CACHE_MAX_SIZE := 500000000
 test: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS := 0.1
+# Threads of PyTorch and NumPy spin while they wait for each other: beside another worker, longer than they work.
+test: export OMP_NUM_THREADS := 1
 test: $(TEST) data
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 

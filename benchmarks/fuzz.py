@@ -4,18 +4,21 @@ import contextlib
 import dataclasses
 import gzip
 import hashlib
+import io
 import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
 import numpy as np
+from PIL import Image
 
 from benchmarks import harness
-from fashion_jax import catalog, checkpoint, data, files, sources
+from fashion_jax import catalog, checkpoint, data, files, images, sources
 
 
 class Target(NamedTuple):
@@ -136,6 +139,19 @@ def two_checkpoints() -> contextlib.AbstractContextManager[Target]:
     return contextlib.nullcontext(Target(contents, load))
 
 
+def picture(kind: str) -> contextlib.AbstractContextManager[Target]:
+    """Damage a picture, of which a changed pixel goes unnoticed: what is accepted is an image."""
+    content = io.BytesIO()
+    shades = np.random.default_rng(0).integers(200, 256, (40, 40), np.uint8)
+    shades[10:30, 15:25] = 0
+    Image.fromarray(shades).save(content, kind)
+
+    def load(directory: Path) -> bool:
+        return images.read_image(directory / "file").shape == (28, 28)
+
+    return contextlib.nullcontext(Target({"file": content.getvalue()}, load))
+
+
 # Each makes a Target for the length of a block.
 TARGETS: Mapping[str, Callable[[], contextlib.AbstractContextManager[Target]]] = {
     "load": lambda: small_set(compressed=False),
@@ -143,6 +159,7 @@ TARGETS: Mapping[str, Callable[[], contextlib.AbstractContextManager[Target]]] =
     "read_idx: structure only": lambda: any_idx_file(compressed=False),
     "read_idx, gzip": lambda: any_idx_file(compressed=True),
     "checkpoint": two_checkpoints,
+    **{f"picture, {kind}": partial(picture, kind) for kind in ("PNG", "JPEG", "WebP")},
 }
 
 

@@ -6,8 +6,6 @@ import pytest
 
 from fashion_jax.types import Batch, Run, Splits
 
-# PyTorch's threads spin while they wait for each other: beside another worker, longer than they work.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Tests compile for longer than they compute, and a third less without LLVM's optimization. CI tests what users run.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 # Loggers report to nobody but the test.

@@ -45,11 +45,7 @@ class Broken(io.StringIO):
         ({}, 0.5, ": training loss 1.0000, validation loss 0.5000, accuracy 0.2500\n"),
         ({"seed": (0, 1)}, [1, 3], ": training loss 4.0000, validation loss 2.0000, accuracy 1.0000\n"),
         (TWO, [[1, 2], [nan, 5]], ", dropout_rate 0 | 0.2: training loss 3.0000 | 10.0000, v"),
-        (
-            {"a": (0, 1), "b": (2, 3)},
-            [[1, 2], [nan, 5]],
-            ", a/b 0/2 | 0/3 | 1/2 | 1/3: training loss 2.0000 | 4.0000 | n",
-        ),
+        ({"a": (0, 1), "b": (2, 3)}, [[1, 2], [nan, 5]], ", a/b 0/2 | 0/3 | 1/2 | 1/3: training loss 2.0000 | 4"),
         ({"rate": (0.0, 0.1, 0.2, 0.3, 0.4)}, [2, 1, nan, 4, 3], ", 5 settings: training loss 2.0000 to 8.0000, v"),
     ],
 )

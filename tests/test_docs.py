@@ -1,20 +1,26 @@
-"""README and documentation: blocks run, links lead somewhere, names exist, figures are those of the records."""
+"""README and documentation: blocks and commands run, links lead somewhere, names exist, figures are recorded ones."""
 
 import importlib
 import re
+import runpy
+import shlex
 from pathlib import Path
 
 import pages
 import pytest
+import tyro
 
 import fashion_jax
-from benchmarks import tables
+from benchmarks import harness, tables
 
 ROOT = tables.ROOT
 PAGES = (ROOT / "README.md", ROOT / "tests" / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 TEXTS = {page: page.read_text(encoding="utf-8") for page in PAGES}
 MODULES = [f"fashion_jax.{path.stem}" for path in Path(fashion_jax.__file__).parent.glob("[!_]*.py")]
 PROSE = {page: re.sub(r"```.*?```", "", text, flags=re.DOTALL) for page, text in TEXTS.items()}
+README = TEXTS[ROOT / "README.md"]
+SPANS = re.findall(r"^    (\S.*)$|`([^`\n]+)`", "\n".join(PROSE[page] for page in tables.DOCUMENTS), re.MULTILINE)
+COMMAND = re.compile(r"(ARGS='[^']*' )?(make|python|sh) [\w.-]")
 each_page = pytest.mark.parametrize("page", TEXTS, ids=lambda page: page.relative_to(ROOT).as_posix())
 
 
@@ -70,3 +76,50 @@ def test_quoted_messages_are_those_that_tests_expect():
     assert len(messages) > 10
     for message in messages:
         assert all(part.strip() in tests for part in message.split("...")), message
+
+
+@pytest.mark.parametrize("command", sorted({"".join(span) for span in SPANS if COMMAND.match("".join(span))}))
+def test_commands_exist(command):
+    words = shlex.split(command, comments=True)
+    flags = [flag for word in words if word.startswith("ARGS=") for flag in shlex.split(word[5:])]
+    program, name, *arguments = (word for word in words if not word.startswith("ARGS="))
+    if program == "make":
+        makefile = (ROOT / "Makefile").read_text()
+        assert re.search(rf"^{name}:", makefile, re.MULTILINE)
+        script = re.search(rf"^{name}:.*\n\t\S+ (examples/\S+) \$\(ARGS\)", makefile, re.MULTILINE)
+        name, arguments = script[1] if script else name, flags
+    if name.startswith("examples/"):
+        tyro.cli(runpy.run_path(str(ROOT / name), run_name="not main")["Flags"], args=arguments)
+    elif program == "python":
+        module = ROOT / arguments[0].replace(".", "/")
+        assert name == "-m"
+        assert module.with_suffix(".py").exists() or (module / "__main__.py").exists()
+
+
+def test_the_answer_is_that_of_the_table():
+    answer = README.partition("## The answer")[2].partition("<!-- end")[0]
+    means = re.findall(r"^\|.*: [+-]([\d.]+) \[", answer, re.MULTILINE)
+    rise, _, narrowed, _, final, stopped, accuracy = (f"{float(mean):.3f}" for mean in means)
+    numbers = re.findall(r"^- .+ (\d\.\d+)\b", answer, re.MULTILINE)
+    assert numbers == [rise, final, narrowed, accuracy, stopped]
+
+
+def test_the_speed_is_that_of_the_records():
+    def of(benchmark, machine, **entries):
+        rows = tables.rows_of(benchmark, machine)
+        return next(row for row in rows if all(row[name] == value for name, value in entries.items()))
+
+    training = {"batch size": 64, "what": "training"}
+    one = of("throughput", "Intel", program="JAX, fit", **training)
+    eager = of("throughput", "Intel", program="PyTorch, in memory, fused Adam", **training)
+    many, gpu = of("lanes", "Intel", program="sweep, 16 lanes"), of("lanes", "H200", program="sweep, 1024 lanes")
+    assert re.findall(r"[\d.]+(?= s\b| ms\b| times)", README.partition("## Speed")[2].partition("##")[0]) == [
+        f"{one['median (s)']:.2f}",
+        f"{one['x PyTorch at its best']:.1f}",
+        f"{harness.ratio(eager['seconds'], one['seconds']):.1f}",
+        f"{many['median (s)']:.2f}",
+        f"{1000 * gpu['median (s)']:.1f}",
+        f"{1 / gpu['/ PyTorch, the same, as a CUDA graph']:.0f}",
+    ]
+    # "Level with that best program in a process on each core."
+    assert 0.95 < many["/ PyTorch, one compiled function a step, a process on each core"] < 1.05

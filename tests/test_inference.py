@@ -125,19 +125,3 @@ def test_models_of_the_user_s_own_are_predicted(images, splits):
     close(hot, np.sqrt(plain) / np.sqrt(plain).sum(axis=1, keepdims=True), atol=1e-6)
     with pytest.raises(TypeError, match="slope"):
         predict(params, images, config=config, slope=1.0)
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        ({"images": [[0]]}, TypeError, "images must be a NumPy or JAX array, got list"),
-        ({"images": np.zeros((28, 28), np.uint8)}, ValueError, r"images must have shape \[n, height, width\]"),
-        ({"images": np.zeros((2, 14, 28), np.uint8)}, ValueError, r"fc1.kernel must have shape \[392, 256\]"),
-        ({"samples": 0}, ValueError, "samples must be at least 1, got 0"),
-        ({"dropout_rate": 1.0}, ValueError, r"dropout_rate must lie in \[0, 1\)"),
-    ],
-)
-def test_bad_arguments_are_named(params, unchecked, change, error, message):
-    arguments = {"params": params, "images": np.zeros((2, 28, 28), np.uint8), "config": TrainConfig()} | change
-    with pytest.raises(error, match=message):
-        predict_mc(**MC | arguments)

@@ -159,9 +159,3 @@ def test_a_missing_package_is_an_error_before_training(kind, package, tmp_path, 
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ImportError, match=rf'needs {package}: pip install "fashion_jax\[{kind}\]"'):
         LOGGERS[kind][0](tmp_path)
-
-
-def test_a_directory_has_to_be_local(unchecked):
-    for make in (TensorBoard, lambda directory: WandB(dir=directory)):
-        with pytest.raises(ValueError, match="must be a local path, got 's3://bucket'"):
-            make("s3://bucket")

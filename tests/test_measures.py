@@ -79,31 +79,6 @@ def test_early_stopping_waits_for_evaluations(data):
     assert (len(told), run.history.running_loss.shape) == (1, (9,))
 
 
-@pytest.mark.parametrize(
-    ("metrics", "error", "message"),
-    [
-        ({"ece": lambda a, b: 0.0}, TypeError, r"metrics\['ece'\] must be a function of log_probs and labels, or of"),
-        ({"ece": 5}, TypeError, r"metrics\['ece'\] must be a function .* got 5"),
-        ({"loss": METRICS["confidence"]}, ValueError, "metrics must have names of their own, got 'loss'"),
-        ({"train_loss": METRICS["grad_norm"]}, ValueError, "metrics must have names of their own, got 'train_loss'"),
-        ({"dropout_rate": METRICS["grad_norm"]}, ValueError, "names of .*, and 'dropout_rate' is a hyperparameter"),
-        ({"all": lambda log_probs, labels: log_probs}, ValueError, r"metrics\['all'\] must return a number, got shape"),
-        ({"all": lambda grads, updates: grads["fc1"]["bias"]}, ValueError, r"must return a number, got shape \[10\]"),
-        (3, TypeError, "metrics must be a dictionary of functions, got 3"),
-    ],
-)
-@pytest.mark.usefixtures("unchecked")
-def test_metrics_that_cannot_be_are_named(data, metrics, error, message):
-    with pytest.raises(error, match=message):
-        fit(*data, config=TrainConfig(model=MODEL, metrics=metrics), epochs=1, **OPTIONS)
-
-
-def test_an_average_that_the_optimizer_keeps_has_to_be_evaluated(data):
-    config = TrainConfig(model=MODEL, optimizer=optax.contrib.schedule_free_adamw)
-    with pytest.raises(ValueError, match=r"pass eval_params=optax\.contrib\.schedule_free_eval_params"):
-        fit(*data, config=config, epochs=1, **OPTIONS)
-
-
 def test_a_schedule_that_has_ended_is_told(data):
     schedule = TrainConfig(model=MODEL, optimizer=lambda rate: optax.sgd(optax.cosine_decay_schedule(rate, 12)))
     with pytest.warns(UserWarning, match="have not changed since epoch 1") as told:

@@ -1,5 +1,7 @@
 """Steps, epochs and evaluations: every example counts once, and nothing else counts."""
 
+import itertools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -8,6 +10,7 @@ import optax
 import pytest
 from sweep_worker import close, same
 
+from fashion_jax.augment import shift_and_flip
 from fashion_jax.config import TrainConfig, negative_log_likelihood
 from fashion_jax.model import FashionMLP, normalize
 from fashion_jax.steps import eval_step, evaluate, init_state, train_epoch, train_step
@@ -98,6 +101,30 @@ def test_an_epoch_is_its_steps_on_unpadded_batches(data, n, size):
                 losses.append(metrics.loss)
             found, found_losses = train_epoch(found, data, KEY, config=config, dropout_rate=0.2)
             close((found, found_losses), (state, jnp.array(losses)), atol=1e-10)
+
+
+def moved(image, down, right, mirrored):
+    padded = np.pad(image[:, ::-1] if mirrored else image, [(2, 2), (2, 2), (0, 0)])
+    return padded[2 - down : 30 - down, 2 - right : 22 - right]
+
+
+def test_each_image_is_moved_and_mirrored_as_a_whole():
+    images = np.random.default_rng(0).integers(1, 256, (600, 28, 20, 3), dtype=np.uint8)
+    ways, drawn = list(itertools.product(range(-2, 3), range(-2, 3), (False, True))), set()
+    for before, after in zip(images, np.asarray(jax.jit(shift_and_flip)(KEY, images)), strict=True):
+        fitting = [way for way in ways if np.array_equal(moved(before, *way), after)]
+        assert len(fitting) == 1
+        drawn.update(fitting)
+    assert len(drawn) == len(ways)
+
+
+def test_all_offsets_and_both_sides_are_equally_likely():
+    images = jnp.zeros((20_000, 28, 28), jnp.uint8).at[:, 10, 10].set(255)
+    at = np.argwhere(np.asarray(shift_and_flip(KEY, images, pixels=1)))[:, 1:]
+    cells, counts = np.unique(at, axis=0, return_counts=True)
+    assert cells[:, 0].tolist() == [9] * 6 + [10] * 6 + [11] * 6
+    # Six standard deviations of a fraction of 1/18.
+    np.testing.assert_allclose(counts / 20_000, 1 / 18, atol=6 * np.sqrt(1 / 18 * 17 / 18 / 20_000))
 
 
 def test_augmentation_is_new_in_each_step_and_for_training_only(data):
