@@ -77,22 +77,3 @@ def test_edges_and_classes_without_examples():
     np.testing.assert_allclose(curve.accuracy, [np.nan, np.nan, np.nan, 0.5, np.nan])
     scores = score(np.array([[0.9, 0.1, 0.0], [0.8, 0.2, 0.0]]), np.array([0, 1]))
     assert (scores.precision.tolist(), scores.recall.tolist()) == ([0.5, 0.0, 0.0], [1.0, 0.0, 0.0])
-
-
-HALVES = np.full((3, 2), 0.5)
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda: score(HALVES, np.zeros(2, int)), r"labels \[n\], got \(3, 2\) and \(2,\)"),
-        (lambda: score(np.zeros((0, 2)), np.zeros(0, int)), r"labels \[n\], got \(0, 2\) and \(0,\)"),
-        (lambda: score(HALVES, np.array([0, 2, -1])), r"labels must lie in 0..1, got \[-1, 2\]"),
-        (lambda: entropy(np.full((3, 2), np.nan)), "sum to 1 over the classes"),
-        (lambda: entropy(np.array([0.1, 0.9])), r"must be \[..., n, classes\]"),
-        (lambda: detection(np.zeros(0), np.zeros(3)), "at least one example each"),
-    ],
-)
-def test_what_does_not_fit_together_is_named(unchecked, call, message):
-    with pytest.raises(ValueError, match=message):
-        call()

@@ -357,21 +357,3 @@ def test_parts_are_nested_stratified_and_keep_the_order(labels):
     assert rest == sorted(last - set(held_out))
     assert (held_out, len(held_out)) == (sorted(held_out), 300)
     assert held_out != members(data.hold_out(batch, 0.3, key=jax.random.key(1))[1])
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda _: data.load(data_dir="/no/such"), r"data_dir, or .* is not a directory: /no/such; .* `python -m fas"),
-        (lambda _: data.load("/no/such"), "name must be one of .*, got '/no/such'; pass a directory as data_dir="),
-        (lambda _: data.load(Path("/no/such")), r"name must be one of .*, got PosixPath.*; pass a directory as data_"),
-        (lambda _: data.load(data_dir="gs://bucket"), "data_dir must be a local path"),
-        *((lambda b, f=f: data.hold_out(b, f, key=KEY), "fraction must leave examples") for f in (1.0, -0.2, 1e-9)),
-        (lambda batch: data.subset(batch, 0, key=KEY), "size must be at least 1"),
-        (lambda batch: data.subset(batch, 1001, key=KEY), "size must be at most 1000"),
-        (lambda b: data.hold_out(Batch(np.ma.masked_equal(b.images, 0), b.labels), 0.2, key=KEY), "is a masked array"),
-    ],
-)
-def test_bad_arguments(small, unchecked, call, message):
-    with pytest.raises((TypeError, ValueError, FileNotFoundError), match=message):
-        call(small)

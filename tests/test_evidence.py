@@ -77,17 +77,6 @@ def test_the_mean_of_five_epochs_is_more_precise_than_the_last():
     assert [float(f"{std:.2g}") for std in stds] == [0.027, 0.012, 0.0058, 0.0021, 0.017, 0.012, 0.0048, 0.0027]
 
 
-@pytest.mark.parametrize(("seeds", "decided"), [(4, 0.7), (8, 0.85)])
-def test_few_of_the_recorded_seeds_decide_most_claims_and_none_wrongly(seeds, decided):
-    arms, rng, found = arms_of(FIRST), np.random.default_rng(0), []
-    for _ in range(100):
-        few = rng.choice(32, seeds, replace=False)
-        found.append(answers(*(jax.tree.map(lambda leaf, few=few: leaf[few], arm) for arm in arms)))
-    right = np.array(found) == answers(*arms)
-    assert (right | np.isin(found, ["undecided", "negligible"])).all()
-    assert right.mean() > decided
-
-
 def test_the_seeds_that_are_needed_decide():
     """With the spread of a few seeds, for an effect that is known."""
     rng = np.random.default_rng(1)

@@ -82,23 +82,6 @@ def linear(inputs, outputs, name="fc1"):
     return {f"{name}.weight": torch.zeros(outputs, inputs), f"{name}.bias": torch.zeros(outputs)}
 
 
-@pytest.mark.parametrize(
-    ("tensors", "error", "message"),
-    [
-        ({}, ValueError, "state_dict lacks layers"),
-        ({"fc1.weight": torch.zeros(2, 3)}, ValueError, r"lacks fc1\.bias"),
-        (linear(3, 4) | linear(5, 2, "fc2"), ValueError, r"no chain of layers; .*'fc2': \(5, 2\)"),
-        (linear(3, 2) | {"conv.weight": torch.zeros(2, 1, 3, 3)}, ValueError, r"\['conv\.weight'\].* \(2, 1, 3, 3\)"),
-        ({"epoch": 3, "state_dict": linear(3, 2)}, TypeError, "pass its entry 'state_dict'"),
-        ({"fc1.weight": torch.zeros(2, 2).to_sparse()}, TypeError, r"\['fc1\.weight'\] is no dense tensor"),
-        (torch.nn.Linear(2, 2), TypeError, r"must be a mapping, such as model\.state_dict\(\), got Linear"),
-    ],
-)
-def test_what_is_no_perceptron_is_named(unchecked, tensors, error, message):
-    with pytest.raises(error, match=message):
-        interop.from_torch(tensors)
-
-
 class Dangerous:
     def __reduce__(self):
         return Path.touch, (Path("trace"),)

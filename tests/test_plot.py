@@ -155,20 +155,3 @@ plot.samples(numpy.zeros((9, 28, 28), "uint8")).savefig(io.BytesIO())
 assert settings() == before and "matplotlib.pyplot" not in sys.modules
 """
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
-
-
-@pytest.mark.parametrize(
-    ("call", "error", "message"),
-    [
-        (lambda: plot.losses({"arm": history(2, 3, 5)}), ValueError, r"arms\['arm'\] must have leaves \[epochs\] or"),
-        (lambda: classify(IMAGE / 255, HALVES), TypeError, "image must be uint8 pixels from 0 to 255, got float64"),
-        (lambda: classify(IMAGE, HALVES[None]), ValueError, r"probabilities must have shape \[2\] .* \[1, 2\]"),
-        (lambda: classify(IMAGE, np.log(HALVES)), ValueError, r"must lie in \[0, 1\], got -0.69.* undoes a log"),
-        (lambda: classify(IMAGE, np.array([np.nan, 1])), ValueError, r"must lie in \[0, 1\], got nan"),
-        (lambda: plot.samples(IMAGE), ValueError, r"images must have shape \[n, height, width\]"),
-        (lambda: plot.samples(IMAGE[None], columns=0), ValueError, "columns must be at least 1, got 0"),
-    ],
-)
-def test_bad_input_is_named(call, error, message, unchecked):
-    with pytest.raises(error, match=message):
-        call()
