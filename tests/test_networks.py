@@ -114,6 +114,7 @@ def test_batch_statistics_are_those_of_the_images_and_not_of_padding(data):
 def test_collections_travel_with_the_parameters(data, tmp_path):
     how = {"config": NORMED, "epochs": 4, "learning_rate": 0.01, "dropout_rate": 0.2}
     whole = fit(*data, key=KEY, **how)
+    assert (fit(*data, key=KEY, **how | {"dropout_rate": 0.0}).history.running_loss != whole.history.running_loss).all()
     fit(*data, key=KEY, checkpoint=tmp_path, **how | {"epochs": 2})
     equal(fit(*data, key=KEY, checkpoint=tmp_path, **how), whole)
     result = sweep(*data, seeds=[2, 3], **how)
