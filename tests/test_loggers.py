@@ -1,5 +1,6 @@
 """TensorBoard, Weights & Biases and MLflow hold the numbers of the history, each epoch once, after a resume too."""
 
+import contextlib
 import itertools
 import json
 import sqlite3
@@ -94,7 +95,7 @@ def read_wandb(place):
 
 
 def read_mlflow(place):
-    with sqlite3.connect(place / "mlflow.db") as database:
+    with contextlib.closing(sqlite3.connect(place / "mlflow.db")) as database:
         for run, name, status in database.execute("SELECT run_uuid, name, status FROM runs").fetchall():
             assert status == "FINISHED"
             numbers = database.execute("SELECT key, value FROM params WHERE run_uuid = ?", [run])
