@@ -124,7 +124,7 @@ def test_other_parameters_may_be_evaluated(data):
     run = fit(*data, key=KEY, config=config, learning_rate=0.5, epochs=3)
     average = average_of(run.state.opt_state, run.state.params)
     assert abs(run.state.params["fc1"]["kernel"] - average["fc1"]["kernel"]).max() > 1e-2
-    close(run.best.params, average, rtol=1e-5)
+    close(run.best.params, average, rtol=1e-5, atol=1e-8)
     for batch, metrics in zip(data, (run.history.train, run.history.validation), strict=True):
         close([curve[-1] for curve in metrics], list(evaluate(average, batch, config=config)), rtol=1e-3)
 
