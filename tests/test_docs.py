@@ -19,7 +19,7 @@ TEXTS = {page: page.read_text(encoding="utf-8") for page in PAGES}
 MODULES = [f"fashion_jax.{path.stem}" for path in Path(fashion_jax.__file__).parent.glob("[!_]*.py")]
 PROSE = {page: re.sub(r"```.*?```", "", text, flags=re.DOTALL) for page, text in TEXTS.items()}
 README = TEXTS[ROOT / "README.md"]
-SPANS = re.findall(r"^    (\S.*)$|`([^`\n]+)`", "\n".join(PROSE[page] for page in tables.DOCUMENTS), re.MULTILINE)
+LINES = re.findall(r"^    (\S.*)$|`([^`\n]+)`", "\n".join(PROSE[page] for page in tables.DOCUMENTS), re.MULTILINE)
 COMMAND = re.compile(r"(ARGS='[^']*' )?(make|python|sh) [\w.-]")
 each_page = pytest.mark.parametrize("page", TEXTS, ids=lambda page: page.relative_to(ROOT).as_posix())
 
@@ -78,7 +78,7 @@ def test_quoted_messages_are_those_that_tests_expect():
         assert all(part.strip() in tests for part in message.split("...")), message
 
 
-@pytest.mark.parametrize("command", sorted({"".join(span) for span in SPANS if COMMAND.match("".join(span))}))
+@pytest.mark.parametrize("command", sorted(filter(COMMAND.match, {line or span for line, span in LINES})))
 def test_commands_exist(command):
     words = shlex.split(command, comments=True)
     flags = [flag for word in words if word.startswith("ARGS=") for flag in shlex.split(word[5:])]
