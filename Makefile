@@ -26,10 +26,6 @@ compare: $(INSTALLED) data
 data: $(INSTALLED)
 	sh scripts/get_data.sh $(BIN)/python >/dev/null
 
-# Tests compile for longer than they compute, so what is compiled stays here for the next run.
-test: export JAX_COMPILATION_CACHE_DIR := $(CURDIR)/$(VENV)/programs
-test: export JAX_COMPILATION_CACHE_MAX_SIZE := 500000000
-test: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS := 0.1
 # Threads of PyTorch and NumPy spin while they wait for each other: beside another worker, longer than they work.
 test: export OMP_NUM_THREADS := 1
 test: $(TEST) data
