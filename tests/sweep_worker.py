@@ -20,6 +20,7 @@ import optax
 
 from fashion_jax import Batch, FashionMLP, TrainConfig, devices
 from fashion_jax.train import fit, sweep
+from fashion_jax.types import History, Metrics
 
 ROOT = Path(__file__).parents[1]
 CONFIG = TrainConfig(model=FashionMLP(hidden=(16,)), optimizer=optax.adamw, train_eval_size=150)
@@ -43,6 +44,11 @@ def equal(first, second) -> None:
 
 def close(first, second, **tolerance) -> None:
     jax.tree.map(functools.partial(np.testing.assert_allclose, **tolerance), first, second)
+
+
+def history(*shape) -> History:
+    leaves = np.random.default_rng(0).uniform(0.2, 0.5, (5, *shape))
+    return History(leaves[0], Metrics(leaves[1], leaves[2]), Metrics(leaves[3], leaves[4]))
 
 
 def run(*options: dict) -> list[subprocess.CompletedProcess]:

@@ -16,7 +16,7 @@ import numpy as np
 import optax
 import pytest
 import torch
-from sweep_worker import LINEAR, ROOT, equal
+from sweep_worker import LINEAR, ROOT, equal, history
 
 from fashion_jax import FashionMLP, TrainConfig, _checks, devices, hold_out, load, plot, predict, predict_mc, subset
 from fashion_jax.calibration import detection, entropy, score
@@ -29,13 +29,13 @@ from fashion_jax.model import normalize
 from fashion_jax.networks import NormalizedMLP
 from fashion_jax.steps import evaluate, init_state
 from fashion_jax.train import fit, sweep
-from fashion_jax.types import Batch, Best, History, Metrics
+from fashion_jax.types import Batch, Best
 
 pytestmark = pytest.mark.usefixtures("unchecked")
 KEY = jax.random.key(0)
 T, V = TypeError, ValueError
 ONCE = "must hold at least one value, and none twice, got"
-HALVES, CURVES = np.full(2, 0.5), History(np.ones(3), Metrics(np.ones(3), np.ones(3)), Metrics(np.ones(3), np.ones(3)))
+HALVES = np.full(2, 0.5)
 SGD = TrainConfig(model=LINEAR.model, optimizer=optax.sgd)
 FIXED = TrainConfig(optimizer=lambda: optax.sgd(0.1))
 FREE = TrainConfig(model=LINEAR.model, optimizer=optax.contrib.schedule_free_sgd)
@@ -182,11 +182,15 @@ OTHER = [
     (lambda d: join_machines("host:1", processes=2), V, "^coordinator, processes and process belong together, got 'h"),
     (lambda d: TensorBoard("s3://bucket"), V, "^directory must be a local path, got 's3://bucket'"),
     (lambda d: WandB(dir="s3://bucket"), V, "^dir must be a local path, got 's3://bucket'"),
-    (lambda d: load(data_dir="/no/such"), OSError, r"^data_dir, or .* is not a directory: /no/such; .* `python -m fas"),
+    (
+        lambda d: load(data_dir="/no"),
+        OSError,
+        "^data_dir, or .* is not a directory: /no; .* `python -m fashion_jax.data",
+    ),
     (lambda d: load("/no/such"), V, "^name must be one of .*, got '/no/such'; pass a directory as data_dir="),
     (lambda d: load(Path("/no/such")), T, "^name must be one of .*, got PosixPath.*; pass a directory as data_dir="),
     (lambda d: load(data_dir="gs://bucket"), V, "^data_dir must be a local path, got 'gs://bucket'"),
-    *((lambda d, part=part: hold_out(d, part, key=KEY), V, "^fraction must leave exam") for part in (1.0, -0.2, 1e-9)),
+    *((lambda d, f=f: hold_out(d, f, key=KEY), V, "^fraction must leave examples in both") for f in (1.0, -0.2, 1e-9)),
     (lambda d: subset(d, 0, key=KEY), V, "^size must be at least 1, got 0"),
     (lambda d: subset(d, 201, key=KEY), V, "^size must be at most 200, the number of examples, got 201"),
     (lambda d: classify(d.images[0] / 255, HALVES), T, "^image must be uint8 pixels from 0 to 255, got float64"),
@@ -195,29 +199,21 @@ OTHER = [
     (lambda d: classify(d.images[0], HALVES * np.nan), V, r"^probabilities must lie in \[0, 1\], got nan"),
     (lambda d: plot.samples(d.images[0]), V, r"^images must have shape \[n, height, width\]"),
     (lambda d: plot.samples(d.images, columns=0), V, "^columns must be at least 1, got 0"),
-    (
-        lambda d: plot.losses({"a": jax.tree.map(lambda leaf: leaf[None, None], CURVES)}),
-        V,
-        r"^arms\['a'\] must have leav",
-    ),
+    (lambda d: plot.losses({"arm": history(2, 3, 5)}), V, r"^arms\['arm'\] must have leaves \[epochs\] or \[seeds, ep"),
     (lambda d: score(HALVES[None], np.zeros(2, int)), V, r"labels \[n\], got \(1, 2\) and \(2,\)"),
     (lambda d: score(np.zeros((0, 2)), np.zeros(0, int)), V, r"labels \[n\], got \(0, 2\) and \(0,\)"),
     (lambda d: score(np.stack([HALVES] * 3), np.array([0, 2, -1])), V, r"^labels must lie in 0\.\.1, got \[-1, 2\]"),
     (lambda d: entropy(np.full((3, 2), np.nan)), V, "sum to 1 over the classes"),
     (lambda d: entropy(HALVES), V, r"must be \[\.\.\., n, classes\]"),
     (lambda d: detection(np.zeros(0), np.zeros(3)), V, "at least one example each"),
-    (
-        lambda d: FashionMLP().init(KEY, d.images / 255, deterministic=True),
-        T,
-        "^images must be raw uint8 .*, got float",
-    ),
+    (lambda d: normalize(jnp.ones(2)), T, "^images must be raw uint8 pixels, which the model normalizes, got float32"),
     (lambda d: from_torch(torch.nn.Linear(2, 2)), T, r"must be a mapping, such as model\.state_dict\(\), got Linear"),
     (lambda d: from_torch({}), V, "^state_dict lacks layers"),
     (lambda d: from_torch({"fc1.weight": torch.zeros(2, 3)}), V, r"^state_dict lacks fc1\.bias"),
     (lambda d: from_torch(linear(3, 4) | linear(5, 2, "fc2")), V, r"no chain of layers; .*'fc2': \(5, 2\)"),
     (lambda d: from_torch({"c.weight": torch.zeros(2, 1, 3, 3)}), V, r"^state_dict\['c\.weight'\].* \(2, 1, 3, 3\)"),
     (lambda d: from_torch({"epoch": 3, "net": linear(3, 2)}), T, "^state_dict holds more .* pass its entry 'net'"),
-    (lambda d: from_torch({"c.weight": torch.eye(2).to_sparse()}), T, r"^state_dict\['c\.weight'\] is no dense tens"),
+    (lambda d: from_torch({"weight": torch.eye(2).to_sparse()}), T, r"^state_dict\['weight'\] is no dense tensor"),
     (lambda d: NormalizedMLP(dropout=0.2), T, "^NormalizedMLP has no field 'dropout'; .*; did you mean dropout_rate"),
     (lambda d: evaluate({"fc1": {}}, d), V, r"^params do not fit the model: fc1\.bias is missing"),
     (lambda d: predict({"fc1": {}}, d.images / 255), T, "^images must be uint8 pixels from 0 to 255, got float64"),

@@ -1,10 +1,8 @@
 """The benchmarks measure what they say: turns, summaries, ablations, PyTorch's loops, damaged files."""
 
 import collections
-import gc
 import json
 import runpy
-from collections.abc import Iterator
 from functools import partial
 
 import jax
@@ -27,11 +25,8 @@ LINEAR = TrainConfig(model=FashionMLP(hidden=()), batch_size=20)
 
 
 @pytest.fixture
-def few(small) -> Iterator[Data]:
-    # Else each collection between turns would go through all that is imported, which takes longer than the turn.
-    gc.freeze()
-    yield Data(*(Batch(small.images[:n], small.labels[:n]) for n in (50, 30, 40)))
-    gc.unfreeze()
+def few(small) -> Data:
+    return Data(*(Batch(small.images[:n], small.labels[:n]) for n in (50, 30, 40)))
 
 
 def test_programs_take_turns_and_their_timings_are_summarized():
@@ -130,7 +125,7 @@ def test_no_damage_goes_unnoticed(name):
         ends = collections.Counter(outcome.end for outcome in fuzz.run(target, 150, seed=1))
     assert not ends.keys() & set(fuzz.FAILURES)
     # A damaged checkpoint is passed over for the one before it.
-    assert ends["error by name"] > 150 / 4 or name == "checkpoint"
+    assert ends["error by name"] > 0.3 * 150 or name == "checkpoint"
 
 
 def test_a_reader_that_misses_damage_is_found_out():

@@ -77,3 +77,5 @@ def test_edges_and_classes_without_examples():
     np.testing.assert_allclose(curve.accuracy, [np.nan, np.nan, np.nan, 0.5, np.nan])
     scores = score(np.array([[0.9, 0.1, 0.0], [0.8, 0.2, 0.0]]), np.array([0, 1]))
     assert (scores.precision.tolist(), scores.recall.tolist()) == ([0.5, 0.0, 0.0], [1.0, 0.0, 0.0])
+    only = score(np.ones((3, 1)), np.zeros(3, int))
+    assert (only.accuracy, only.brier, only.loss, only.confusion.tolist()) == (1, 0, 0, [[3]])

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from sweep_worker import same
 
+from benchmarks.fuzz import idx_bytes
 from fashion_jax import data, sources
 from fashion_jax.catalog import DATA_SETS, FILES
 from fashion_jax.types import Batch, Splits
@@ -23,10 +24,6 @@ from fashion_jax.types import Batch, Splits
 KEY = jax.random.key(0)
 CACHE = ".cache/fashion_jax"
 TFDS = "tensorflow_datasets"
-
-
-def idx_bytes(array) -> bytes:
-    return bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes() + array.astype(np.uint8).tobytes()
 
 
 def published(splits) -> dict[str, bytes]:

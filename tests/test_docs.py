@@ -21,7 +21,6 @@ PROSE = {page: re.sub(r"```.*?```", "", text, flags=re.DOTALL) for page, text in
 README = TEXTS[ROOT / "README.md"]
 LINES = re.findall(r"^    (\S.*)$|`([^`\n]+)`", "\n".join(PROSE[page] for page in tables.DOCUMENTS), re.MULTILINE)
 COMMAND = re.compile(r"(ARGS='[^']*' )?(make|python|sh) [\w.-]")
-each_page = pytest.mark.parametrize("page", TEXTS, ids=lambda page: page.relative_to(ROOT).as_posix())
 
 
 def test_python_blocks_run(tmp_path):
@@ -46,7 +45,7 @@ def test_the_documentation_builds_and_has_every_name(tmp_path):
     assert set(fashion_jax.__all__) <= set(re.findall(r"`(\w+)`", index))
 
 
-@each_page
+@pytest.mark.parametrize("page", TEXTS, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_links_names_and_figures_are_right(page):
     for target, anchor in re.findall(r"\]\((?!\w+:)([^)#]*)(?:#([\w-]+))?\)", PROSE[page]):
         place = (page.parent / target).resolve() if target else page
@@ -96,12 +95,18 @@ def test_commands_exist(command):
         assert module.with_suffix(".py").exists() or (module / "__main__.py").exists()
 
 
+def test_each_benchmark_is_listed():
+    listed = re.findall(r"^\| `(\w+\.py)", (ROOT / "benchmarks" / "README.md").read_text("utf-8"), re.MULTILINE)
+    scripts = {path.name for path in (ROOT / "benchmarks").glob("*.py") if "harness.start(" in path.read_text("utf-8")}
+    assert {*listed} == scripts - {"__main__.py"}
+
+
 def test_the_answer_is_that_of_the_table():
     answer = README.partition("## The answer")[2].partition("<!-- end")[0]
     means = re.findall(r"^\|.*: [+-]([\d.]+) \[", answer, re.MULTILINE)
     rise, _, narrowed, _, final, stopped, accuracy = (f"{float(mean):.3f}" for mean in means)
-    numbers = re.findall(r"^- .+ (\d\.\d+)\b", answer, re.MULTILINE)
-    assert numbers == [rise, final, narrowed, accuracy, stopped]
+    numbers = [re.findall(r"\d\.\d+", sentence) for sentence in re.findall(r"^- .+$", answer, re.MULTILINE)]
+    assert numbers == [[rise], [final], [narrowed], [accuracy], [stopped]]
 
 
 def test_the_speed_is_that_of_the_records():

@@ -70,6 +70,8 @@ def test_an_nnx_network_trains_as_in_linen(data):
     run, linen = (fit(*data, key=KEY, config=config, epochs=3, start=start, dropout_rate=0.2) for config in configs)
     close(run.history, linen.history, rtol=2e-3)
     close(run.state.params, linen.state.params, atol=2e-3)
+    images = data[1].images[:5]
+    close(predict(run.best, images, config=configs[0]), predict(linen.best, images, config=configs[1]), atol=2e-3)
 
 
 @pytest.mark.usefixtures("unchecked")

@@ -1,7 +1,4 @@
-"""The package: who may import whom, what importing costs, the wheel and its types.
-
-`make wheels` installs the wheel into empty environments.
-"""
+"""The package: its imports, its wheel and its types. `make wheels` installs the wheel into empty environments."""
 
 import ast
 import json

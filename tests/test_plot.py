@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sweep_worker import history
 
 from fashion_jax import plot
 from fashion_jax.types import History, Metrics
@@ -16,11 +17,6 @@ from fashion_jax.types import History, Metrics
 FORMULAS = ["$a$", "$\\bad$"]
 IMAGE, HALVES = np.arange(28 * 28, dtype=np.uint8).reshape(28, 28), np.full(2, 0.5)
 classify = partial(plot.classification, class_names=["a", "b"])
-
-
-def history(*shape) -> History:
-    leaves = np.random.default_rng(0).uniform(0.2, 0.5, (5, *shape))
-    return History(leaves[0], Metrics(leaves[1], leaves[2]), Metrics(leaves[3], leaves[4]))
 
 
 def losses_of(arm: History) -> list:

@@ -14,21 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from sweep_worker import history
 
 from fashion_jax import page, plot, report
 from fashion_jax.config import TrainConfig
 from fashion_jax.statistics import compare
-from fashion_jax.types import History, Metrics
 
 REFERENCE = Path(__file__).parent / "reference" / "pytorch_curves.csv"
 CLAIMS = ['dropout <b>helps</b> & "pays"', "*a*|b"]
 COMMAND = "python examples/compare_overfit.py --output 'my runs/<i>'"
 COLUMNS = "run,dropout_rate,epoch,running_train_loss,test_loss,test_accuracy\n"
-
-
-def history(*shape) -> History:
-    leaves = np.random.default_rng(0).uniform(0.2, 0.5, (5, *shape))
-    return History(leaves[0], Metrics(leaves[1], leaves[2]), Metrics(leaves[3], leaves[4]))
 
 
 def test_table_has_mean_and_std_of_the_final_the_last_and_the_best_epochs():

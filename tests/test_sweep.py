@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 import sweep_worker
-from sweep_worker import CONFIG, LINEAR, equal, leaves, same
+from sweep_worker import CONFIG, LINEAR, close, equal, leaves, same
 
 from fashion_jax import FashionMLP, TrainConfig
 from fashion_jax.devices import _map, lanes_that_fit
@@ -34,10 +34,9 @@ def grid(data):
     return result
 
 
-def close(first, second):
+def agree(first, second):
     for tolerance, part in ((LOSSES, "history"), (PARAMETERS, "state"), (PARAMETERS, "best")):
-        check = functools.partial(np.testing.assert_allclose, **tolerance)
-        jax.tree.map(check, getattr(first, part), getattr(second, part))
+        close(getattr(first, part), getattr(second, part), **tolerance)
 
 
 def test_each_lane_is_a_run(data, grid):
@@ -46,7 +45,7 @@ def test_each_lane_is_a_run(data, grid):
         numbers = dict(zip(GRID, values, strict=True))
         run = fit(*data, key=jax.random.key(seed), config=CONFIG, epochs=2, **numbers)
         # On a CPU one lane follows the other, as in `fit`.
-        (equal if jax.default_backend() == "cpu" else close)(run, grid.at(**numbers, seed=seed))
+        (equal if jax.default_backend() == "cpu" else agree)(run, grid.at(**numbers, seed=seed))
         losses.append(run.history.running_loss)
     apart = np.abs(np.subtract.outer(losses, losses)).max(axis=(1, 3))
     assert apart[~np.eye(24, dtype=bool)].min() > 10 * LOSSES["atol"]
@@ -120,13 +119,13 @@ def test_other_devices_processes_and_lanes_at_once_change_rounding_only(data, tm
     for process, place, devices in zip(processes, files, ("1 processes, 4", *["2 processes, 4"] * 2), strict=True):
         assert f"{devices} devices\n" in process.stdout, process.stderr
         with np.load(place["output"]) as file:
-            close(jax.tree.unflatten(jax.tree.structure(expected), [file[name] for name in file.files]), expected)
+            agree(jax.tree.unflatten(jax.tree.structure(expected), [file[name] for name in file.files]), expected)
     alone, living, dying = processes
     assert (alone.returncode, dying.returncode) == (0, -signal.SIGKILL)
     assert living.returncode not in (0, -signal.SIGKILL)
     for process in (living, dying):
         assert "resuming after epoch 3 of 5" in process.stderr
-    close(*(train(epochs=5, checkpoint=place) for place in (saved, None)))
+    agree(*(train(epochs=5, checkpoint=place) for place in (saved, None)))
 
 
 def test_an_accelerator_trains_as_many_lanes_as_fit():
