@@ -19,7 +19,6 @@ from fashion_jax.types import Batch
 KEY = jax.random.key(0)
 MODEL = FashionMLP(hidden=(16,))
 CONFIG = TrainConfig(model=MODEL)
-# Compile faster.
 LINEAR = TrainConfig(model=FashionMLP(hidden=()))
 SGD = TrainConfig(model=LINEAR.model, optimizer=optax.sgd)
 
@@ -150,6 +149,10 @@ def test_an_evaluation_counts_each_example_once_whatever_the_chunks(data, size):
         expected = -log_probs[np.arange(50), labels].mean(), (log_probs.argmax(axis=1) == labels).mean()
         metrics = evaluate(params, some._replace(labels=labels), config=config)
         np.testing.assert_allclose(metrics, expected, rtol=1e-6)
+
+
+def test_an_evaluation_drops_nothing(state, data):
+    same(*(evaluate(state.params, data, config=CONFIG, dropout_rate=rate) for rate in (0.0, 0.9)))
 
 
 def test_lane_axes_of_the_parameters_stay_in_front(data):
