@@ -27,7 +27,7 @@ def as_drawn_by_the_tutorial(history: History) -> History:
 
 
 def main(flags: Flags) -> None:
-    arms = dict(zip(ARMS, recorded_arms(), strict=True))
+    arms = dict(zip(ARMS, recorded_arms(newest("seeds32/history.json")), strict=True))
     others = report.read_curves(CURVES)
     tutorial = {f"{name}: the tutorial's plot, one run": as_drawn_by_the_tutorial(arm) for name, arm in arms.items()}
     many = {f"{name}: both training losses, 32 seeds": arm for name, arm in arms.items()}

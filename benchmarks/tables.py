@@ -131,19 +131,19 @@ def images_a_second(machine: str) -> str:
     return table("predict", [machine], programs, [("images/s", ",.0f")], label="images at a time", key="images")
 
 
-def recorded_arms() -> list[History]:
-    """Return both arms of the newest record of 32 seeds."""
+def recorded_arms(record: str) -> list[History]:
+    """Return both arms of the text of a history.json."""
 
     def metrics(arm: Any, part: str) -> Metrics:
-        return Metrics(*(np.array(arm[part][name]) for name in Metrics._fields))
+        return Metrics(np.array(arm[part]["loss"]), np.array(arm[part]["accuracy"]))
 
-    arms = json.loads(newest("seeds32/history.json"))["arms"].values()
+    arms = json.loads(record)["arms"].values()
     return [History(np.array(arm["running_loss"]), metrics(arm, "train"), metrics(arm, "validation")) for arm in arms]
 
 
 def power() -> str:
     """Return how often 4 or 8 of the 32 recorded seeds decide each claim, and how often not as all of them do."""
-    arms, rng, columns = recorded_arms(), np.random.default_rng(0), {}
+    arms, rng, columns = recorded_arms(newest("seeds32/history.json")), np.random.default_rng(0), {}
     claims, truth = zip(*((verdict.claim, verdict.answer) for verdict in evidence.judge(*arms)), strict=True)
 
     def answers(seeds: np.ndarray) -> list[str]:

@@ -133,7 +133,8 @@ def variables(found: Mapping[str, Any], expected: Mapping[str, Any]) -> int:
     Traceback (most recent call last):
     ValueError: params do not fit the model: fc1.bias must have shape [10], got [9], for images of this size
     """
-    if jax.tree.map(np.shape, found) == jax.tree.map(np.shape, expected):
+    (leaves, structure), (others, other) = jax.tree.flatten(found), jax.tree.flatten(expected)
+    if structure == other and [*map(np.shape, leaves)] == [*map(np.shape, others)]:
         return 0
     if missing := expected.keys() - found.keys():
         raise ValueError(f"the model needs {', '.join(missing)} too; pass a state or a best instead of its params")

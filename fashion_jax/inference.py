@@ -67,8 +67,7 @@ def predict(
     if len(pixels) > SIZES[-1]:  # Sent once; a single call sends them faster by itself.
         found = jax.device_put(found)
     parts = [_log_probs(found, chunk, fields, model=config.model, lanes=lanes) for chunk in _chunks(pixels)]
-    log_probs = np.concatenate(parts, axis=-2, dtype=jnp.result_type(float))
-    return np.exp(log_probs[..., : len(images), :])
+    return np.exp(np.concatenate(parts, axis=-2)[..., : len(images), :])
 
 
 def predict_mc(
@@ -147,7 +146,11 @@ def _chunks(images: np.ndarray) -> Iterator[np.ndarray]:
 @functools.partial(jax.jit, static_argnames=("model", "lanes"))
 def _log_probs(variables, images, fields, *, model: nn.Module, lanes: int):
     model = model.clone(**fields)
-    return _over_lanes(lambda variables: model.apply(variables, images, deterministic=True), lanes)(variables)
+
+    def log_probs(variables):
+        return jnp.asarray(model.apply(variables, images, deterministic=True), jnp.result_type(float))
+
+    return _over_lanes(log_probs, lanes)(variables)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "lanes"))

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from benchmarks.tables import recorded_arms
 from fashion_jax.evidence import CHOSEN_WIDTH, LAST, best_epochs, judge, late_rises, summarize
 from fashion_jax.statistics import compare, holm, interval, paired
 from fashion_jax.types import History, Metrics, Run
@@ -46,10 +47,7 @@ def answers(plain, dropped):
 
 @functools.cache
 def arms_of(record: Path) -> list[History]:
-    """Both arms of 32 recorded seeds, 30 epochs."""
-    arms = json.loads((record / "history.json").read_text())["arms"].values()
-    metrics = [[Metrics(*map(np.array, arm[part].values())) for part in ("train", "validation")] for arm in arms]
-    return [History(np.array(arm["running_loss"]), *both) for arm, both in zip(arms, metrics, strict=True)]
+    return recorded_arms((record / "history.json").read_text())
 
 
 @pytest.mark.parametrize("record", [FIRST, SECOND])
