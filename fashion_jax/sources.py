@@ -134,13 +134,16 @@ def _parse(content: bytes, origin: str) -> np.ndarray:
         raise ValueError(f"{origin} is damaged, or no IDX file of unsigned bytes: {error}; fetch it again") from error
 
 
-def _as_idx(array: Any) -> bytes:
-    return bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes() + np.asarray(array, np.uint8).tobytes()
+def _header(array: Any) -> bytes:
+    """Return the start of an IDX file; the array's bytes follow."""
+    return bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
 
 
 def _verified(data_set: DataSet, name: str, array: np.ndarray, origin: str, gzipped: bytes | None = None) -> np.ndarray:
     if name in data_set.digests:
-        digest, published = hashlib.sha256(_as_idx(array)).hexdigest(), data_set.digests[name]
+        whole = hashlib.sha256(_header(array))
+        whole.update(array.data)
+        digest, published = whole.hexdigest(), data_set.digests[name]
     elif gzipped is not None:
         digest, published = hashlib.sha256(gzipped).hexdigest(), data_set.digests[f"{name}.gz"]
     else:
@@ -193,7 +196,7 @@ def _fill_cache(data_set: DataSet, splits: Splits) -> None:
         if (cache := cache_dir(data_set.name)) is None:
             raise FileNotFoundError("there is no home directory")
         for name, array in zip(FILES, (*splits.train, *splits.test), strict=True):
-            files.write(cache / name, _as_idx(array))
+            files.write(cache / name, _header(array) + array.astype(np.uint8).tobytes())
     except OSError as error:
         _log.warning("the arrays were not cached, so the next load takes as long: %s", error)
 

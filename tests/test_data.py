@@ -325,7 +325,8 @@ def test_the_script_falls_back_to_debian_s_package(tiny, splits, tmp_path):
     stand_ins = {"apt-get": b"#!/bin/sh\ntouch dataset-1.deb", "dpkg-deb": b'#!/bin/sh\ncp -r "$PACKAGE"/* .'}
     for file in write(tmp_path / "bin", stand_ins).iterdir():
         file.chmod(0o755)
-    files = {f"usr/share/datasets/fashion-mnist/{name}.gz": content for name, content in published(splits).items()}
+    package, contents = "usr/share/datasets/fashion-mnist", published(splits)
+    files = {f"{package}/{name}.gz": gzip.compress(content, 0) for name, content in contents.items()}
     environment = {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "PACKAGE": str(write(tmp_path / "package", files))}
     environment = os.environ | environment | {"http_proxy": "http://127.0.0.1:9", "PYTHONWARNINGS": "error"}
     command = ["sh", Path(__file__).parents[1] / "scripts" / "get_data.sh", sys.executable]
