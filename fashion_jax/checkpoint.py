@@ -253,19 +253,17 @@ class Store:
             )
 
 
-def identify(
-    lanes: Sequence[Any], numbers: Mapping[str, Any], data: Any, start: Any, *, program: str
-) -> dict[str, Any]:
+def identify(lanes: Sequence[Any], axes: Mapping[str, Any], data: Any, start: Any, *, program: str) -> dict[str, Any]:
     """Return everything that determines a run, as JSON values.
 
     Args:
         lanes: Key and hyperparameters of each run.
-        numbers: Hyperparameters, and the values of the axes.
+        axes: Name and values of each axis.
         data: Training and validation examples.
         start: The state to start from, or None.
         program: Digest of the epoch's program.
     """
-    return {name: _checks.as_computed(value) for name, value in numbers.items()} | {
+    return {name: _checks.as_computed(value) for name, value in (lanes[0][1] | axes).items()} | {
         "key": [np.asarray(jax.random.key_data(key)).tolist() for key, _ in lanes],
         "data": files.digest(_named(data)),
         "start state": start and files.digest(_named(start)),

@@ -95,6 +95,8 @@ class Lanes:
             threefry = str(implementation) == "threefry2x32"
             at_once = lanes_that_fit(devices[0], config, data[0].images.shape[1:]) if threefry else 1
         self._mesh = Mesh(np.array(devices), ("lanes",), axis_types=(AxisType.Auto,))
+        self.lanes: Sequence[Any] = lanes
+        self.data: Any = data
         self.count: int = len(lanes)
         self.config: TrainConfig = config
         # One of several processes writes what all of them have trained.
@@ -105,7 +107,7 @@ class Lanes:
         numbers = self.place({name: np.array([lane[name] for _, lane in lanes], dtype) for name in names})
         self._runs = (jax.random.wrap_key_data(key_data, impl=implementation), numbers)
         # A copy, because a CPU device may use a NumPy array where it lies, and the caller may change it.
-        self._data = self._replicate(jax.tree.map(np.array, data))
+        self._shared = self._replicate(jax.tree.map(np.array, data))
 
     def map(self, function: Callable[..., Any], carry: Any = None, turn: Any = None) -> Any:
         """Apply `function(key, hyperparameters, carry, turn, data, config=config)` to every run.
@@ -118,7 +120,7 @@ class Lanes:
         Returns:
             Arrays [lanes, ...] on the devices.
         """
-        shared = (self._replicate(turn), self._data)
+        shared = (self._replicate(turn), self._shared)
         static = {"config": self.config, "mesh": self._mesh, "at_once": self._at_once}
         return _map(function, (*self._runs, carry), shared, **static)
 
@@ -144,7 +146,7 @@ class Lanes:
         # How much of the data is evaluated at once may change.
         config = dataclasses.replace(self.config, eval_batch_size=TrainConfig.eval_batch_size)
         one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), (*self._runs, carry))
-        data = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), self._data)
+        data = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), self._shared)
         traced = jax.jit(function, static_argnames="config").trace(*one, turn, data, config=config)
         return hashlib.sha256(traced.lower(lowering_platforms=("cpu",)).as_text().encode()).hexdigest()
 

@@ -89,8 +89,9 @@ def fit(
     >>> run.history.validation.loss.shape, int(run.state.step)
     ((2,), 4)
     """
-    lanes, here = [(_checks.key(key), checked(config, hyperparameters))], jax.local_devices()[:1]
-    return _train(train, validation, config, epochs, shown(callbacks, progress), checkpoint, lanes, {}, here, 1, start)
+    lanes = [(_checks.key(key), checked(config, hyperparameters))]
+    runs = _placed(lanes, train, validation, config, jax.local_devices()[:1], 1)
+    return _train(runs, {}, epochs, shown(callbacks, progress), checkpoint, start)
 
 
 def sweep(
@@ -143,47 +144,45 @@ def sweep(
         for *values, seed in itertools.product(*varied.values(), seeds)
     ]
     axes = varied | {"seed": seeds}
-    devices = jax.devices() if devices is None else devices
     if lanes_at_once is not None:
         lanes_at_once = _checks.integer("lanes_at_once", lanes_at_once, 1)
-    callbacks = shown(callbacks, progress)
-    run = _train(train, validation, config, epochs, callbacks, checkpoint, lanes, axes, devices, lanes_at_once)
-    return Sweep(axes, *run)
+    runs = _placed(lanes, train, validation, config, jax.devices() if devices is None else devices, lanes_at_once)
+    return Sweep(axes, *_train(runs, axes, epochs, shown(callbacks, progress), checkpoint))
 
 
-def _train(
-    train, validation, config, epochs, callbacks, checkpoint, lanes, axes, devices, lanes_at_once, start=None
-) -> Run:
-    """Check the arguments that `fit` and `sweep` share, and run; leaves [*axes, ...]."""
-    epochs = _checks.integer("epochs", epochs, 1)
+def _placed(lanes, train, validation, config, devices, lanes_at_once) -> Lanes:
+    """Check that the arguments fit together, and place lanes and data on the devices."""
     train, validation = _checks.batch("train", train), _checks.batch("validation", validation)
     lanes = [(key, complete(config, numbers)) for key, numbers in lanes]
     _model_checks.experiment(config, train, validation, lanes)
 
     size = config.train_eval_size or len(train.labels)
     train_eval = subset(train, size, key=jax.random.key(0)) if size < len(train.labels) else train
-    data = Data(train, train_eval, validation)
-    runs = Lanes(lanes, data, config, devices, lanes_at_once)
+    return Lanes(lanes, Data(train, train_eval, validation), config, devices, lanes_at_once)
+
+
+def _train(runs: Lanes, axes, epochs, callbacks, checkpoint, start=None) -> Run:
+    """Initialize the runs, or resume them, and train; leaves [*axes, ...]."""
+    epochs = _checks.integer("epochs", epochs, 1)
     state = runs.map(_start)
     # Infinity comes from the host: what a program computes would end a run under jax_debug_infs.
-    worst = np.full(len(lanes), np.inf, jnp.result_type(float))
-    loss, never = runs.place((worst, np.zeros(len(lanes), np.int32)))
+    worst = np.full(runs.count, np.inf, jnp.result_type(float))
+    loss, never = runs.place((worst, np.zeros(runs.count, np.int32)))
     carry = Carry(state, Best(state.params, loss, never, state.collections))
-    _model_checks.initial(config, state, train.images[:1], runs.fetch)
+    _model_checks.initial(runs.config, state, runs.data.train.images[:1], runs.fetch)
     if start is not None:
         carry = runs.place(_model_checks.start(start, runs.fetch(carry)))
-    numbers = lanes[0][1] | axes
     store: Any = NoStore()
     if checkpoint is not None:
         program = runs.digest(_epoch, carry, (np.int32(0), np.True_))
-        identity = identify(lanes, numbers, data, start, program=program)
-        store = Store(checkpoint, identity=identity, hints=describe(config), writes=runs.writes)
+        identity = identify(runs.lanes, axes, runs.data, start, program=program)
+        store = Store(checkpoint, identity=identity, hints=describe(runs.config), writes=runs.writes)
     with store:
-        run = _run_epochs(runs, carry, store, epochs, callbacks, axes, numbers)
+        run = _run_epochs(runs, axes, carry, store, epochs, callbacks)
     return _reshape(run, axes)
 
 
-def _run_epochs(runs: Lanes, carry: Carry, store: Any, epochs: int, callbacks, axes, numbers) -> Run:
+def _run_epochs(runs: Lanes, axes, carry: Carry, store: Any, epochs: int, callbacks) -> Run:
     """Train epoch after epoch; report and save each. Leaves [lanes, ...]."""
 
     def so_far() -> Run:
@@ -204,7 +203,7 @@ def _run_epochs(runs: Lanes, carry: Carry, store: Any, epochs: int, callbacks, a
         answers = [callback(end) for callback in callbacks]
         return any(isinstance(answer, (bool, np.bool_)) and answer for answer in answers)
 
-    fixed = {name: value for name, value in numbers.items() if name not in axes}
+    fixed = {name: value for name, value in runs.lanes[0][1].items() if name not in axes}
     none = np.empty((runs.count, 0), jnp.result_type(float))
     of_evaluations, of_steps = (
         dict.fromkeys(runs.config.metrics_of(*names), none) for names in (("log_probs", "labels"), ("grads", "updates"))
