@@ -28,6 +28,8 @@ class Flags(TrainingFlags):
 
 
 def main(flags: Flags) -> None:
+    if not flags.rate:
+        raise ValueError(f"--rate must be above 0, got {flags.rate}; the other arm trains without dropout")
     use_all_cores()
     train, test = load(data_dir=flags.data_dir)
     with flag("--train-size"):

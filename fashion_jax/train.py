@@ -204,12 +204,7 @@ def _run_epochs(runs: Lanes, axes, carry: Carry, store: Any, epochs: int, callba
         return any(isinstance(answer, (bool, np.bool_)) and answer for answer in answers)
 
     fixed = {name: value for name, value in runs.lanes[0][1].items() if name not in axes}
-    none = np.empty((runs.count, 0), jnp.result_type(float))
-    of_evaluations, of_steps = (
-        dict.fromkeys(runs.config.metrics_of(*names), none) for names in (("log_probs", "labels"), ("grads", "updates"))
-    )
-    metrics = Measured(none, none, of_evaluations) if of_evaluations else Metrics(none, none)
-    saved, run = store.restore(Run(carry.state, History(none, metrics, metrics, of_steps), carry.best))
+    saved, run = store.restore(Run(carry.state, _no_epochs(runs), carry.best))
     # One name for both, so that a Ctrl-C at any moment finds them from the same epoch.
     progress = (runs.place(Carry(run.state, run.best)) if saved else carry, run.history)
     if saved > epochs:
@@ -227,7 +222,7 @@ def _run_epochs(runs: Lanes, axes, carry: Carry, store: Any, epochs: int, callba
             if not evaluated:
                 on_train, on_validation = jax.tree.map(lambda leaf: leaf * np.nan, (row.train, row.validation))
                 row = row._replace(train=on_train, validation=on_validation)
-            history = jax.tree.map(lambda so_far, new: np.c_[so_far, new], progress[1], row)
+            history = jax.tree.map(lambda curve, new: np.c_[curve, new], progress[1], row)
             _checks.epoch(history, axes)
             progress = (carry, history)
             ended = report(epoch)
@@ -239,6 +234,14 @@ def _run_epochs(runs: Lanes, axes, carry: Carry, store: Any, epochs: int, callba
         logger.warning("interrupted after epoch %d of %d; %s", done, epochs, store.advice)
     save(last=True)
     return so_far()
+
+
+def _no_epochs(runs: Lanes) -> History:
+    """Return the history before the first epoch, leaves [lanes, 0]."""
+    none = np.empty((runs.count, 0), jnp.result_type(float))
+    of_evaluations = dict.fromkeys(runs.config.metrics_of("log_probs", "labels"), none)
+    metrics = Measured(none, none, of_evaluations) if of_evaluations else Metrics(none, none)
+    return History(none, metrics, metrics, dict.fromkeys(runs.config.metrics_of("grads", "updates"), none))
 
 
 def _start(key, numbers, carry: None, turn: None, data: Data, *, config: TrainConfig) -> TrainState:

@@ -31,7 +31,7 @@ def published(splits) -> dict[str, bytes]:
 
 
 def zipped(splits) -> dict[str, bytes]:
-    return {f"{name}.gz": gzip.compress(content, mtime=0) for name, content in published(splits).items()}
+    return {f"{name}.gz": gzip.compress(content, 1, mtime=0) for name, content in published(splits).items()}
 
 
 def write(place: Path, files) -> Path:
@@ -325,8 +325,7 @@ def test_the_script_falls_back_to_debian_s_package(tiny, splits, tmp_path):
     stand_ins = {"apt-get": b"#!/bin/sh\ntouch dataset-1.deb", "dpkg-deb": b'#!/bin/sh\ncp -r "$PACKAGE"/* .'}
     for file in write(tmp_path / "bin", stand_ins).iterdir():
         file.chmod(0o755)
-    package, contents = "usr/share/datasets/fashion-mnist", published(splits)
-    files = {f"{package}/{name}.gz": gzip.compress(content, 0) for name, content in contents.items()}
+    files = {f"usr/share/datasets/fashion-mnist/{name}": content for name, content in zipped(splits).items()}
     environment = {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "PACKAGE": str(write(tmp_path / "package", files))}
     environment = os.environ | environment | {"http_proxy": "http://127.0.0.1:9", "PYTHONWARNINGS": "error"}
     command = ["sh", Path(__file__).parents[1] / "scripts" / "get_data.sh", sys.executable]

@@ -171,6 +171,7 @@ def test_help_explains_every_flag(run, name):
         ("compare_overfit", "--output /dev/null/out", "Not a directory: '/dev/null/out'"),
         ("dropout_sweep", "--sizes 60000", "--sizes: size must be at most 1000"),
         ("classify", "", "there is no picture to classify"),
+        ("calibration", "--rate 0", "--rate must be above 0, got 0.0"),
         ("classify", "shoe.png --seed -1", "--seed must be at least 0, got -1"),
         ("export", "/no/network.safetensors", "there is no network /no/network.safetensors; examples/classify.py PICT"),
     ],
