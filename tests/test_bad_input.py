@@ -39,6 +39,7 @@ HALVES = np.full(2, 0.5)
 SGD = TrainConfig(model=LINEAR.model, optimizer=optax.sgd)
 FIXED = TrainConfig(optimizer=lambda: optax.sgd(0.1))
 FREE = TrainConfig(model=LINEAR.model, optimizer=optax.contrib.schedule_free_sgd)
+RENAMED = {"fc2": {"bias": np.zeros(10), "kernel": np.zeros((784, 10))}}
 
 
 @pytest.fixture(scope="module")
@@ -215,7 +216,7 @@ OTHER = [
     (lambda d: from_torch({"epoch": 3, "net": linear(3, 2)}), T, "^state_dict holds more .* pass its entry 'net'"),
     (lambda d: from_torch({"weight": torch.eye(2).to_sparse()}), T, r"^state_dict\['weight'\] is no dense tensor"),
     (lambda d: NormalizedMLP(dropout=0.2), T, "^NormalizedMLP has no field 'dropout'; .*; did you mean dropout_rate"),
-    (lambda d: evaluate({"fc1": {}}, d), V, r"^params do not fit the model: fc1\.bias is missing"),
+    (lambda d: evaluate(RENAMED, d, config=LINEAR), V, r"^params .* fc1\.bias is missing; .*fc2\.bias is not part of"),
     (lambda d: predict({"fc1": {}}, d.images / 255), T, "^images must be uint8 pixels from 0 to 255, got float64"),
 ]
 TABLES = [(run, FIT), (grid, SWEEP), (structure, FIELDS), (measured, METRICS), (sampled, SAMPLES)]

@@ -72,6 +72,8 @@ def test_a_resumed_sweep_ends_with_the_same_bytes(data, tmp_path):
         with pytest.warns(UserWarning, match="2 of 4 runs diverged in epoch 1"):
             runs.append(sweep(*data, **options, checkpoint=place, callbacks=[lambda end, stop=stop: end.epoch == stop]))
     equal(sweep(*data, **options, checkpoint=str(tmp_path)), runs[0])
+    with pytest.raises(ValueError, match=r"learning_rate is \['0\.01', '1e\+38'\] there and \['0\.01', '0\.5'\] here"):
+        sweep(*data, **options | {"learning_rate": (0.01, 0.5)}, checkpoint=tmp_path)
     assert "bfloat16" in {leaf.dtype.name for leaf in jax.tree.leaves(runs[0].state.opt_state)}
 
 

@@ -21,6 +21,7 @@ RECORDS = Path(__file__).parents[1] / "benchmarks" / "records"
 FIRST = RECORDS / "2026-11-24-amd-epyc-2-cores" / "seeds32"
 SECOND = RECORDS / "2026-11-28-intel-xeon-2-cores" / "seeds32"
 EPOCHS = 20
+arms_of = functools.cache(lambda record: recorded_arms((record / "history.json").read_text()))
 NOISE = np.random.default_rng(5).normal(0, 1, 8)
 # The claims, in their order.
 RISES, STAYS, NARROWS, CLOSES, FINAL, STOPPING, ACCURACY = range(7)
@@ -43,11 +44,6 @@ def curves(seeds=8, *, rise=0.0, level=0.35, seed=0):
 
 def answers(plain, dropped):
     return [verdict.answer for verdict in judge(plain, dropped)]
-
-
-@functools.cache
-def arms_of(record: Path) -> list[History]:
-    return recorded_arms((record / "history.json").read_text())
 
 
 @pytest.mark.parametrize("record", [FIRST, SECOND])
