@@ -10,8 +10,10 @@ import functools
 import hashlib
 import math
 import os
+import signal
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +75,34 @@ def join_machines(coordinator: str | None = None, processes: int | None = None, 
         raise ValueError(
             f"start with srun or mpirun, or pass coordinator, processes and process; JAX found no launcher: {error}"
         ) from error
+
+
+@contextlib.contextmanager
+def remembered_interrupts() -> Iterator[Callable[[], None]]:
+    """Yield a function that raises KeyboardInterrupt if there was a Ctrl-C.
+
+    Python ignores the exception in some places, such as JAX's callback for garbage collection. A handler of the user's
+    own is left alone.
+    """
+    pressed: list[int] = []
+
+    def handle(number: int, frame: Any) -> None:
+        pressed.append(number)
+        signal.default_int_handler(number, frame)
+
+    def check() -> None:
+        if pressed:
+            raise KeyboardInterrupt
+
+    default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    replaced = default and threading.current_thread() is threading.main_thread()
+    try:
+        if replaced:
+            signal.signal(signal.SIGINT, handle)
+        yield check
+    finally:
+        if replaced:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class Lanes:

@@ -21,7 +21,7 @@ from fashion_jax.callbacks import Callback, EpochEnd, shown
 from fashion_jax.checkpoint import Checkpoints, NoStore, Store, describe, identify
 from fashion_jax.config import TrainConfig
 from fashion_jax.data import subset
-from fashion_jax.devices import Lanes
+from fashion_jax.devices import Lanes, remembered_interrupts
 from fashion_jax.hyperparameters import checked, complete
 from fashion_jax.steps import eval_step, evaluate, init_state, train_epoch, train_step
 from fashion_jax.types import Batch, Best, History, Measured, Metrics, Run, Sweep, TrainState
@@ -212,21 +212,23 @@ def _run_epochs(runs: Lanes, axes, carry: Carry, store: Any, epochs: int, callba
     if saved:
         logger.info("resuming after epoch %d of %d", saved, epochs)
     try:
-        # The callback that ended a run ends it again.
-        epoch, ended = saved, 0 < saved < epochs and report(saved)
-        while epoch < epochs and not ended:
-            epoch += 1
-            evaluated = np.bool_(epoch % runs.config.evaluate_every == 0 or epoch == epochs)
-            carry, measured = runs.map(_epoch, progress[0], (np.int32(epoch), evaluated))
-            row = runs.fetch(measured)
-            if not evaluated:
-                on_train, on_validation = jax.tree.map(lambda leaf: leaf * np.nan, (row.train, row.validation))
-                row = row._replace(train=on_train, validation=on_validation)
-            history = jax.tree.map(lambda curve, new: np.c_[curve, new], progress[1], row)
-            _checks.epoch(history, axes)
-            progress = (carry, history)
-            ended = report(epoch)
-            save()
+        with remembered_interrupts() as raise_interrupt:
+            # The callback that ended a run ends it again.
+            epoch, ended = saved, 0 < saved < epochs and report(saved)
+            while epoch < epochs and not ended:
+                raise_interrupt()
+                epoch += 1
+                evaluated = np.bool_(epoch % runs.config.evaluate_every == 0 or epoch == epochs)
+                carry, measured = runs.map(_epoch, progress[0], (np.int32(epoch), evaluated))
+                row = runs.fetch(measured)
+                if not evaluated:
+                    on_train, on_validation = jax.tree.map(lambda leaf: leaf * np.nan, (row.train, row.validation))
+                    row = row._replace(train=on_train, validation=on_validation)
+                history = jax.tree.map(lambda curve, new: np.c_[curve, new], progress[1], row)
+                _checks.epoch(history, axes)
+                progress = (carry, history)
+                ended = report(epoch)
+                save()
     except KeyboardInterrupt:
         done = progress[1].running_loss.shape[1]
         if not done:
