@@ -78,8 +78,8 @@ def join_machines(coordinator: str | None = None, processes: int | None = None, 
 
 
 @contextlib.contextmanager
-def remembered_interrupts() -> Iterator[Callable[[], None]]:
-    """Yield a function that raises KeyboardInterrupt if there was a Ctrl-C.
+def remembered_interrupts() -> Iterator[list[int]]:
+    """Yield a list that holds an entry for each Ctrl-C, beside the KeyboardInterrupt.
 
     Python ignores the exception in some places, such as JAX's callback for garbage collection. A handler of the user's
     own is left alone.
@@ -90,16 +90,12 @@ def remembered_interrupts() -> Iterator[Callable[[], None]]:
         pressed.append(number)
         signal.default_int_handler(number, frame)
 
-    def check() -> None:
-        if pressed:
-            raise KeyboardInterrupt
-
     default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     replaced = default and threading.current_thread() is threading.main_thread()
     try:
         if replaced:
             signal.signal(signal.SIGINT, handle)
-        yield check
+        yield pressed
     finally:
         if replaced:
             signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -127,7 +123,6 @@ class Lanes:
         self._mesh = Mesh(np.array(devices), ("lanes",), axis_types=(AxisType.Auto,))
         self.lanes: Sequence[Any] = lanes
         self.data: Any = data
-        self.count: int = len(lanes)
         self.config: TrainConfig = config
         # One of several processes writes what all of them have trained.
         self.writes: bool = not self._mesh.is_multi_process or jax.process_index() == 0
@@ -156,7 +151,7 @@ class Lanes:
 
     def place(self, tree: Any) -> Any:
         """Shard NumPy arrays [lanes, ...] over the devices; to fill up the last one, runs are repeated."""
-        filled = -(-self.count // self._mesh.size) * self._mesh.size
+        filled = -(-len(self.lanes) // self._mesh.size) * self._mesh.size
         return jax.tree.map(lambda leaf: self._put(np.resize(leaf, (filled, *leaf.shape[1:])), LANES), tree)
 
     def fetch(self, tree: Any) -> Any:
@@ -169,7 +164,7 @@ class Lanes:
         leaves: list[Any] = [leaf for leaf in jax.tree.leaves(tree) if hasattr(leaf, "is_ready")]
         while not all(leaf.is_ready() for leaf in leaves):
             time.sleep(0.0005)
-        return jax.tree.map(lambda leaf: leaf[: self.count], jax.device_get(tree))
+        return jax.tree.map(lambda leaf: leaf[: len(self.lanes)], jax.device_get(tree))
 
     def digest(self, function: Callable[..., Any], carry: Any, turn: Any) -> str:
         """Return the SHA-256 of a function of one run as the compiler receives it, on any number of devices."""

@@ -166,8 +166,8 @@ def _train(runs: Lanes, axes, epochs, callbacks, checkpoint, start=None) -> Run:
     epochs = _checks.integer("epochs", epochs, 1)
     state = runs.map(_start)
     # Infinity comes from the host: what a program computes would end a run under jax_debug_infs.
-    worst = np.full(runs.count, np.inf, jnp.result_type(float))
-    loss, never = runs.place((worst, np.zeros(runs.count, np.int32)))
+    worst = np.full(len(runs.lanes), np.inf, jnp.result_type(float))
+    loss, never = runs.place((worst, np.zeros(len(runs.lanes), np.int32)))
     carry = Carry(state, Best(state.params, loss, never, state.collections))
     _model_checks.initial(runs.config, state, runs.data.train.images[:1], runs.fetch)
     if start is not None:
@@ -212,11 +212,12 @@ def _run_epochs(runs: Lanes, axes, carry: Carry, store: Any, epochs: int, callba
     if saved:
         logger.info("resuming after epoch %d of %d", saved, epochs)
     try:
-        with remembered_interrupts() as raise_interrupt:
+        with remembered_interrupts() as pressed:
             # The callback that ended a run ends it again.
             epoch, ended = saved, 0 < saved < epochs and report(saved)
             while epoch < epochs and not ended:
-                raise_interrupt()
+                if pressed:
+                    raise KeyboardInterrupt
                 epoch += 1
                 evaluated = np.bool_(epoch % runs.config.evaluate_every == 0 or epoch == epochs)
                 carry, measured = runs.map(_epoch, progress[0], (np.int32(epoch), evaluated))
@@ -240,7 +241,7 @@ def _run_epochs(runs: Lanes, axes, carry: Carry, store: Any, epochs: int, callba
 
 def _no_epochs(runs: Lanes) -> History:
     """Return the history before the first epoch, leaves [lanes, 0]."""
-    none = np.empty((runs.count, 0), jnp.result_type(float))
+    none = np.empty((len(runs.lanes), 0), jnp.result_type(float))
     of_evaluations = dict.fromkeys(runs.config.metrics_of("log_probs", "labels"), none)
     metrics = Measured(none, none, of_evaluations) if of_evaluations else Metrics(none, none)
     return History(none, metrics, metrics, dict.fromkeys(runs.config.metrics_of("grads", "updates"), none))
